@@ -1,0 +1,187 @@
+"""The gateway's errors, each with its HTTP face on the class.
+
+Raise one where the fact is known; only `http/errors.py` turns it into a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+
+class GatewayError(Exception):
+    """A failure with one agreed HTTP face.
+
+    `message` is shown to the client, so it names the model and the remedy and never a
+    local path, an argv or a token; those go to the log through `detail`.
+    `retry_after_s` is set only where waiting helps. `details` is shown to the client too:
+    numbers and choices a program can read.
+    """
+
+    status: ClassVar[int] = 500
+    error_type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        details: Mapping[str, Any] | None = None,
+        detail: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.details = details
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+
+    def again(self, *, retry_after_s: float | None = None) -> Self:
+        """Return a fresh instance to raise elsewhere: a raised error keeps its traceback."""
+        return type(self)(
+            self.message,
+            param=self.param,
+            details=self.details,
+            detail=self.detail,
+            retry_after_s=self.retry_after_s if retry_after_s is None else retry_after_s,
+        )
+
+
+class InvalidRequest(GatewayError):
+    """The request itself is wrong; asking again will not help."""
+
+    status, error_type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class InvalidModelPath(GatewayError):
+    """The model's name points outside the models directory, or cannot be a path at all."""
+
+    status, error_type, code = 400, "invalid_request_error", "invalid_model_path"
+
+
+class AmbiguousModel(GatewayError):
+    """The name fits several models; `details["choices"]` lists them."""
+
+    status, error_type, code = 400, "invalid_request_error", "ambiguous_model"
+
+
+class InvalidModelFile(GatewayError):
+    """The file exists but no engine could load it: empty, cut short, or another format."""
+
+    status, error_type, code = 400, "invalid_request_error", "invalid_model_file"
+
+
+class BackendUnavailable(GatewayError):
+    """The backend is known but is not installed here, or cannot serve this kind of model."""
+
+    status, error_type, code = 400, "invalid_request_error", "backend_unavailable"
+
+
+class DeviceUnavailable(GatewayError):
+    """No such device on this machine, and falling back is switched off."""
+
+    status, error_type, code = 400, "invalid_request_error", "device_unavailable"
+
+
+class UnsupportedByEngine(GatewayError):
+    """The engine does not serve this call for this model."""
+
+    status, error_type, code = 400, "invalid_request_error", "unsupported_by_engine"
+
+
+class Unauthorized(GatewayError):
+    """The API key is missing or wrong."""
+
+    status, error_type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class Forbidden(GatewayError):
+    """The Host or Origin of the request is not one this server answers to."""
+
+    status, error_type, code = 403, "permission_error", "forbidden"
+
+
+class NotFound(GatewayError):
+    """No such address on this server."""
+
+    status, error_type, code = 404, "invalid_request_error", "not_found"
+
+
+class ModelNotFound(GatewayError):
+    """No model by that name; the message holds near matches and where to look."""
+
+    status, error_type, code = 404, "invalid_request_error", "model_not_found"
+
+
+class ModelNotLoaded(GatewayError):
+    """An unload named an engine that is not there."""
+
+    status, error_type, code = 404, "invalid_request_error", "model_not_loaded"
+
+
+class MethodNotAllowed(GatewayError):
+    """The address exists, the method does not."""
+
+    status, error_type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class BodyTooLarge(GatewayError):
+    """The body is over `max_body_bytes`."""
+
+    status, error_type, code = 413, "invalid_request_error", "body_too_large"
+
+
+class QueueFull(GatewayError):
+    """As many requests wait already as `max_queue` allows."""
+
+    status, error_type, code = 429, "rate_limit_error", "queue_full"
+
+
+class EngineError(GatewayError):
+    """The engine died or answered nonsense in the middle of a request."""
+
+    status, error_type, code = 502, "server_error", "engine_error"
+
+
+class UpstreamUnreachable(GatewayError):
+    """A configured upstream does not accept connections; the message names it."""
+
+    status, error_type, code = 502, "server_error", "upstream_unreachable"
+
+
+class EngineStartFailed(GatewayError):
+    """The engine's process ended before it was ready; `detail` holds its last lines."""
+
+    status, error_type, code = 503, "server_error", "engine_start_failed"
+
+
+class InsufficientMemory(GatewayError):
+    """The load does not fit the memory there is."""
+
+    status, error_type, code = 503, "server_error", "insufficient_memory"
+
+
+class LoadingTimeout(GatewayError):
+    """The model did not become ready in the time this request may wait, or its load stalled."""
+
+    status, error_type, code = 503, "server_error", "loading_timeout"
+
+
+class QueueTimeout(GatewayError):
+    """No engine's place became free in the time this request may wait."""
+
+    status, error_type, code = 503, "server_error", "queue_timeout"
+
+
+class EngineUnloaded(GatewayError):
+    """The engine was unloaded by force while the request waited for it."""
+
+    status, error_type, code = 503, "server_error", "engine_unloaded"
+
+
+class ShuttingDown(GatewayError):
+    """The gateway is ending and takes no new work."""
+
+    status, error_type, code = 503, "server_error", "shutting_down"

@@ -1,0 +1,66 @@
+"""What a launcher promises: it owns the engine's process and knows nothing of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from xandrouting.core.model import EngineId, LaunchPlan, MemoryUse
+
+
+class Handle(Protocol):
+    """A started engine."""
+
+    @property
+    def base_url(self) -> str:
+        """Where the gateway reaches the engine: `http://host:port`, no slash at the end."""
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process on its own machine; None where there is none."""
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs; then the exit status, negative for a signal as in subprocess."""
+
+    def tail(self) -> Sequence[str]:
+        """Return the engine's last lines of output, oldest first, at most 200 of 2,000 characters each."""
+
+    def activity(self) -> int:
+        """Return a number that grows while the engine prints."""
+
+    async def ready_line(self) -> None:
+        """Wait for the plan's ready line; return at once for a plan without one.
+
+        Never returns if the engine exits before: wait for `exited` beside it.
+        """
+
+    async def exited(self) -> int:
+        """Wait until the whole process tree is gone and reaped; return the exit status."""
+
+    async def measure(self) -> MemoryUse:
+        """Measure the process tree without blocking the loop."""
+
+    async def stop(self, *, grace_s: float) -> None:
+        """End the whole process tree: SIGTERM, `grace_s` seconds, SIGKILL; return when it is gone.
+
+        May be called twice: a later call with a shorter grace hurries the first. Cancelling
+        the wait does not cancel the stop.
+        """
+
+
+class Launcher(Protocol):
+    """Starts what a plan says, where it is told."""
+
+    async def start(self, engine: EngineId, plan: LaunchPlan) -> Handle:
+        """Start the engine's process and return once it exists; it need not answer yet.
+
+        Cancelling leaves nothing behind: a process already started is killed and reaped
+        before the cancellation goes on.
+
+        Raises:
+            EngineStartFailed: no such executable, or no process could be made.
+        """
+
+    async def aclose(self) -> None:
+        """End every engine this launcher started and that still runs."""
