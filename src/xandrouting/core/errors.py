@@ -6,6 +6,7 @@ Raise one where the fact is known; only `http/errors.py` turns it into a respons
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any, ClassVar, Self
 
 
@@ -40,13 +41,10 @@ class GatewayError(Exception):
 
     def again(self, *, retry_after_s: float | None = None) -> Self:
         """Return a fresh instance to raise elsewhere: a raised error keeps its traceback."""
-        return type(self)(
-            self.message,
-            param=self.param,
-            details=self.details,
-            detail=self.detail,
-            retry_after_s=self.retry_after_s if retry_after_s is None else retry_after_s,
-        )
+        fresh = copy(self)  # leaves the traceback behind, and keeps what a subclass added
+        if retry_after_s is not None:
+            fresh.retry_after_s = retry_after_s
+        return fresh
 
 
 class InvalidRequest(GatewayError):
@@ -131,6 +129,27 @@ class BodyTooLarge(GatewayError):
     """The body is over `max_body_bytes`."""
 
     status, error_type, code = 413, "invalid_request_error", "body_too_large"
+
+
+class EngineRejected(GatewayError):
+    """The engine's own 4xx, passed on with its status and its error object.
+
+    `error` is what the engine said under `error`; the answer keeps all of it.
+    """
+
+    status, error_type, code = 400, "invalid_request_error", "engine_rejected"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        error: Mapping[str, Any] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.status = status  # type: ignore[misc]  # the one class whose status is the engine's
+        self.error = error or {}
 
 
 class QueueFull(GatewayError):

@@ -100,7 +100,8 @@ class LaunchPlan:
     `argv` and `env` may hold `{port}`, which the launcher replaces with the port it chose
     on the engine's machine. `env` is added to the launcher's own. `api_key` is what the
     engine will ask of its clients. A line of output that begins with `ready_line` means
-    the engine listens. `base_url` is set only for engines somebody else started.
+    the engine listens. An empty `health_path`: there is nothing to ask. `base_url` is set
+    only for engines somebody else started.
     """
 
     argv: tuple[str, ...] = ()
@@ -116,7 +117,7 @@ class LaunchPlan:
 class MemoryUse:
     """What a process tree takes, measured. `host_bytes` is PSS; None: cannot be told here."""
 
-    host_bytes: int | None
+    host_bytes: int | None = None
     device_bytes: int | None = None
 
 

@@ -8,8 +8,8 @@ The rules, each tested as a property (`tests/unit/test_scheduler_machine.py`):
 - A ticket ends with exactly one `Release`, whatever became of it.
 - An engine with leases is stopped only by force or its own death.
 - The first in the queue reserves: later requests may use ready engines, and may not start
-  others past it. When it has waited `fair_wait_s` and every engine is busy, one of them
-  takes no new leases any more, so nobody waits for ever.
+  others past it, save those that take nothing here. When it has waited `fair_wait_s` and
+  every engine is busy, one of them takes no new leases any more, so nobody waits for ever.
 - One engine per key at a time; the next incarnation starts when the last one is gone.
 """
 
@@ -271,6 +271,13 @@ class Scheduler:
         engine = self._engines.get(key)
         return None if engine is None else self._view(engine)
 
+    def failure(self, model: str, revision: str) -> GatewayError | None:
+        """Return why the last start of this file failed, on any backend or device."""
+        for key, backoff in self._backoffs.items():
+            if key.model == model and backoff.revision == revision:
+                return backoff.error
+        return None
+
     @property
     def queued(self) -> int:
         """How many tickets wait for an engine."""
@@ -316,7 +323,7 @@ class Scheduler:
             and engine.state is EngineState.READY
             and covers(engine.options, ask.spec.wants)
         ):
-            # Nobody of this key waits: whoever did was granted when it became ready.
+            # Whoever waits for this key already asks for options the engine does not have.
             self._grant(ask.ticket, engine, ask.ttl_s, now, effects)
             return
         backoff = self._backoffs.get(key)
@@ -421,12 +428,16 @@ class Scheduler:
         for engine in list(self._engines.values()):
             if engine.retire is not None and engine.state is EngineState.READY:
                 self._drain(engine, engine.retire, effects)
+        blocked = False
         for waiter, served_before in self._first_of_each_key():
+            if blocked and waiter.spec.footprint.engines > 0:
+                continue  # an upstream takes no room, so it need not wait for those who do
             engine = self._engines.get(waiter.spec.key)
             if engine is None:
-                if not self._make_room(waiter, served_before, now, effects):
-                    break
-                self._start(waiter.spec, effects)
+                if self._make_room(waiter, served_before, now, effects):
+                    self._start(waiter.spec, effects)
+                else:
+                    blocked = True
             elif engine.state is EngineState.READY:  # it does not cover what this waiter asks
                 self._drain(engine, "options", effects)
 
@@ -590,7 +601,8 @@ class Scheduler:
         failures = 1
         if before is not None and before.revision == engine.spec.revision:
             failures = before.failures + 1
-        wait_s = min(self._backoff_first_s * 2 ** (failures - 1), self._backoff_max_s)
+        doublings = min(failures - 1, 64)  # 2.0**1024 is an OverflowError, after a day of failures
+        wait_s = min(self._backoff_first_s * 2.0**doublings, self._backoff_max_s)
         self._backoffs[engine.id.key] = _Backoff(
             error, engine.spec.revision, failures, now + wait_s
         )

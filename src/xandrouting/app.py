@@ -1,0 +1,312 @@
+"""The composition root: builds every room's objects, runs the server, ends in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import uvicorn
+import uvloop
+from starlette.middleware.cors import CORSMiddleware
+
+from xandrouting import __version__
+from xandrouting.core.errors import GatewayError, MethodNotAllowed
+from xandrouting.core.ledger import Ledger
+from xandrouting.core.model import Backend
+from xandrouting.core.scheduler import Scheduler
+from xandrouting.engines.llamacpp import LIST_DEVICES, LlamaCpp
+from xandrouting.engines.upstream import Upstream
+from xandrouting.http.body import Receive
+from xandrouting.http.control import Services, build_control
+from xandrouting.http.errors import headers_of, to_bytes
+from xandrouting.http.gate import Gate
+from xandrouting.http.inference import HOT_PATHS, InferenceApi, Scope
+from xandrouting.http.protocol import Protocol
+from xandrouting.http.schemas import EngineStatus
+from xandrouting.inventory.inventory import Inventory
+from xandrouting.launch.devices import cuda_devices
+from xandrouting.launch.external import ExternalLauncher
+from xandrouting.launch.local import LocalLauncher
+from xandrouting.launch.sweep import sweep
+from xandrouting.pool.pool import EnginePool, Kind
+from xandrouting.proxy.forward import Send
+from xandrouting.routing.catalog import Catalog, Devices
+from xandrouting.settings import Settings
+from xandrouting.telemetry.metrics import EngineGauge, Metrics, PoolGauges
+from xandrouting.telemetry.requests import RequestStats
+
+log = logging.getLogger(__name__)
+
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MIN_FILES = 4096  # open files: each request holds two sockets
+
+
+class Gateway:
+    """Every room's objects, built from the settings. Use as an async context."""
+
+    def __init__(self, settings: Settings, devices: Devices) -> None:
+        self.stats = RequestStats()
+        self.inventory = Inventory(settings.models_dir)
+        scheduler = Scheduler(
+            Ledger(settings.max_loaded),
+            default_ttl_s=settings.default_ttl,
+            max_queue=settings.max_queue,
+            fair_wait_s=settings.fair_wait_s,
+        )
+        llamacpp, upstream = LlamaCpp(), Upstream(settings.upstream_keys)
+        self._local = LocalLauncher(settings.data_dir / "run")
+        self._external = ExternalLauncher()
+        kinds = {
+            Backend.LLAMACPP: Kind(llamacpp, self._local),
+            Backend.UPSTREAM: Kind(upstream, self._external),
+        }
+        self.pool = EnginePool(scheduler, kinds, load_stall_s=settings.load_stall_s)
+        self._backends = backend_statuses(settings)
+        self.catalog = Catalog(
+            lambda: self.inventory.snapshot,
+            {backend: kind.adapter for backend, kind in kinds.items()},
+            upstreams=settings.upstreams,
+            unavailable={
+                Backend(name): status.reason
+                for name, status in self._backends.items()
+                if status.reason is not None
+            },
+            devices=devices,
+            device_fallback=settings.device_fallback,
+        )
+        self.gate = Gate(
+            api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+            check_host=settings.is_loopback,
+            hosts=settings.allowed_hosts,
+            origins=settings.cors_origins,
+        )
+        self.inference = InferenceApi(
+            gate=self.gate,
+            catalog=self.catalog,
+            inventory=self.inventory,
+            pool=self.pool,
+            stats=self.stats,
+            keepalive_after_s=settings.keepalive_after_s,
+            max_load_wait_s=settings.max_load_wait_s,
+            max_body_bytes=settings.max_body_bytes,
+        )
+        control = build_control(
+            Services(
+                version=__version__,
+                inference=self.inference,
+                pool=self.pool,
+                catalog=self.catalog,
+                inventory=self.inventory,
+                stats=self.stats,
+                metrics=Metrics(self.stats, self._gauges),
+                backends=lambda: self._backends,
+            )
+        )
+        self.asgi = dispatcher(self.inference, control, self.gate)
+        if settings.cors_origins:
+            self.asgi = CORSMiddleware(
+                self.asgi,
+                allow_origins=settings.cors_origins,
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=("*",),
+                expose_headers=("x-request-id", "x-xandrouting-engine", "x-xandrouting-load"),
+            )
+
+    async def __aenter__(self) -> Self:
+        await self.pool.__aenter__()
+        await self.inventory.refresh()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.pool.aclose()
+        await self._local.aclose()
+        await self._external.aclose()
+
+    def _gauges(self) -> PoolGauges:
+        engines = tuple(
+            EngineGauge(
+                view.engine.key.model,
+                view.engine.key.backend,
+                view.engine.key.device,
+                view.state,
+                view.active,
+                engine.memory.host_bytes,
+            )
+            for view, engine in self.pool.views()
+        )
+        pool = self.pool
+        return PoolGauges(engines, pool.queued, pool.loads, pool.load_failures, pool.evictions)
+
+
+def dispatcher(inference: InferenceApi, control: Asgi, gate: Gate) -> Asgi:
+    """Return the application: hot paths by one look-up, everything else through FastAPI."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        hot = scope["type"] == "http" and scope["path"] in HOT_PATHS
+        if hot and scope["method"] == "POST":
+            await inference(scope, receive, send)
+            return
+        if scope["type"] == "http":
+            try:
+                gate.check(scope["method"], scope["path"], scope["headers"])
+                if hot:
+                    raise MethodNotAllowed(f"{scope['path']} takes POST.")
+            except GatewayError as error:
+                await _refuse(error, send)
+                return
+        await control(scope, receive, send)
+
+    return app
+
+
+async def _refuse(error: GatewayError, send: Send) -> None:
+    body = to_bytes(error)
+    headers = [*headers_of(error), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def backend_statuses(settings: Settings) -> Mapping[str, EngineStatus]:
+    """Return for each backend whether it can serve here, and why not."""
+    statuses = {}
+    if importlib.util.find_spec("xllamacpp") is not None:
+        version = importlib.metadata.version("xllamacpp")
+        statuses[Backend.LLAMACPP] = _status(None, f"xllamacpp {version}")
+    else:
+        statuses[Backend.LLAMACPP] = _status("install it with `pip install xandrouting[llamacpp]`")
+    for backend in (Backend.VLLM, Backend.TRANSFORMERS):
+        statuses[backend] = _status("this version of XandRouting does not serve it yet")
+    ollama = None if "ollama" in settings.upstreams else "no upstream named ollama is configured"
+    statuses[Backend.OLLAMA] = _status(ollama)
+    return {str(backend): status for backend, status in statuses.items()}
+
+
+def _status(reason: str | None, version: str | None = None) -> EngineStatus:
+    available = reason is None
+    return EngineStatus(
+        status="available" if available else "unavailable",
+        available=available,
+        reason=reason,
+        version=version,
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with its signal handling left to `serve`."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.accepting = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.accepting.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A bound socket and what to call it."""
+
+    socket: socket.socket
+    url: str
+
+
+def listen(host: str, port: int) -> Listener:
+    """Bind the server's socket.
+
+    Raises:
+        OSError: the address is taken, or not this machine's.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.create_server(address[:2], family=family, backlog=4096)
+    shown = f"[{host}]" if family is socket.AF_INET6 else host
+    return Listener(bound, f"http://{shown}:{bound.getsockname()[1]}")
+
+
+async def serve(settings: Settings, listener: Listener, on_ready: Callable[[Gateway], None]) -> int:
+    """Serve until a signal; return the exit status.
+
+    The first signal refuses new work, lets running requests end, ends the engines and
+    returns 0. A second one ends the process at once; the guards end the engines.
+    """
+    ended = sweep(settings.data_dir / "run")
+    if ended:
+        log.warning("engines of a killed server ended count=%d", ended)
+    devices = Devices(await cuda_devices(LIST_DEVICES))
+    async with Gateway(settings, devices) as gateway:
+        server = _Server(
+            uvicorn.Config(
+                gateway.asgi,
+                http=Protocol,
+                loop="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=5,
+                backlog=4096,
+            )
+        )
+        asked = _on_signals()
+        serving = asyncio.create_task(server.serve(sockets=[listener.socket]))
+        stopping = asyncio.create_task(asked.wait())
+        await server.accepting.wait()
+        on_ready(gateway)
+        gc.freeze()  # what is here now stays: later collections need not look at it
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        log.info("server stopping grace_s=%.0f", settings.shutdown_grace_s)
+        await gateway.pool.drain(settings.shutdown_grace_s)
+        server.should_exit = True
+        await serving
+        stopping.cancel()
+    return 0
+
+
+def _on_signals() -> asyncio.Event:
+    """Return an event that the first signal sets; a second one ends the process."""
+    asked = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if asked.is_set():
+            logging.shutdown()
+            os._exit(128 + number)
+        asked.set()
+
+    for number in HANDLED_SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    return asked
+
+
+def raise_file_limit() -> None:
+    """Let the process open as many files as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < MIN_FILES:
+        log.warning("few open files are allowed limit=%d wanted=%d", soft, MIN_FILES)
+
+
+def run(settings: Settings, on_ready: Callable[[Gateway], None], listener: Listener) -> int:
+    """Run the server on a loop of its own until it ends; return the exit status."""
+    raise_file_limit()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(settings, listener, on_ready))

@@ -1,0 +1,46 @@
+"""Any OpenAI-compatible server that somebody else runs, by its address."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from xandrouting.core.errors import GatewayError
+from xandrouting.core.model import (
+    Backend,
+    EngineSpec,
+    LaunchPlan,
+    LoadOptions,
+    StartFailure,
+)
+from xandrouting.engines.base import ModelFacts
+
+
+class Upstream:
+    """The adapter of configured upstreams: nothing to load, nothing to choose."""
+
+    backend: Final = Backend.UPSTREAM
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        self._keys = keys  # by the upstream's name; none: it asks for no key
+
+    def settle(self, wants: LoadOptions, facts: ModelFacts, device: str) -> LoadOptions:  # noqa: ARG002
+        """Return no options: load options mean nothing to a server that is not ours."""
+        return LoadOptions()
+
+    def defaults(self, facts: ModelFacts, device: str) -> LoadOptions:  # noqa: ARG002
+        """Return no options."""
+        return LoadOptions()
+
+    def plan(self, spec: EngineSpec, options: LoadOptions, *, api_key: str) -> LaunchPlan:  # noqa: ARG002
+        """Return the address, and the key the operator set for it."""
+        key = self._keys.get(spec.key.model, "")
+        return LaunchPlan(base_url=spec.source, api_key=key, health_path="")
+
+    def classify(self, tail: Sequence[str], status: int | None) -> StartFailure:  # noqa: ARG002
+        """Return that it is gone: nothing was started, so nothing more can be told."""
+        return StartFailure.EXITED
+
+    def explain(self, status: int, error: Mapping[str, Any], path: str) -> GatewayError | None:  # noqa: ARG002
+        """Return None: another server's status says what it means."""
+        return None

@@ -1,0 +1,86 @@
+"""Who may ask: the key, the Host and the Origin of a request."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from xandrouting.core.errors import Forbidden, Unauthorized
+
+OPEN_PATHS: Final = frozenset(("/", "/health", "/docs", "/openapi.json"))
+_SAFE_METHODS: Final = frozenset(("GET", "HEAD", "OPTIONS"))
+
+
+class Gate:
+    """Closed by default: see `check`.
+
+    `api_key` None: no key is asked for. `check_host`: only for a server that nobody outside
+    this machine can reach, where a web page could still reach it by a name that it lets
+    point here (DNS rebinding). `origins` may hold `*`.
+    """
+
+    def __init__(
+        self,
+        *,
+        api_key: str | None,
+        check_host: bool,
+        hosts: Iterable[str] = (),
+        origins: Sequence[str] = (),
+    ) -> None:
+        self._key = None if api_key is None else _digest(api_key.encode())
+        self._check_host = check_host and api_key is None
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._origins = frozenset(origin.lower().encode() for origin in origins)
+
+    def check(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Let the request pass, or raise.
+
+        Raises:
+            Unauthorized: the key is missing or wrong.
+            Forbidden: a web page of another origin asks for a change, or the Host is a name
+                this server does not go by.
+        """
+        key = host = origin = b""
+        for name, value in headers:
+            if name == b"host":
+                host = value
+            elif name == b"authorization":
+                key = value[7:] if value[:7].lower() == b"bearer " else key
+            elif name == b"x-api-key":
+                key = key or value
+            elif name == b"origin":
+                origin = value.lower()
+        if self._check_host and not self._is_ours(host):
+            raise Forbidden(
+                "This server does not go by that host name. "
+                "Use localhost or an address, or add the name to allowed_hosts."
+            )
+        if origin and method not in _SAFE_METHODS and not self._is_allowed(origin, host.lower()):
+            raise Forbidden("Web pages of that origin may not do this. See cors_origins.")
+        if self._key is not None and path not in OPEN_PATHS and _digest(key.strip()) != self._key:
+            raise Unauthorized(
+                "The API key is missing or wrong. Send it as `Authorization: Bearer …`."
+            )
+
+    def _is_ours(self, host: bytes) -> bool:
+        name = host.decode("latin-1").lower()
+        name = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
+        if name in ("", "localhost") or name.endswith(".localhost") or name in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def _is_allowed(self, origin: bytes, host: bytes) -> bool:
+        if origin in self._origins or b"*" in self._origins:
+            return True
+        return origin.partition(b"://")[2] == host
+
+
+def _digest(key: bytes) -> bytes:
+    # Comparing digests takes the same time wherever two keys differ.
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,290 @@
+"""The hot paths: requests that go to an engine. Plain ASGI, looked up before FastAPI.
+
+Each call is one coroutine: read, route, claim, forward, release. A second one watches for
+the client's leaving, during a long prefill too, when nothing is sent, and cancels the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from xandrouting.core.errors import GatewayError, ModelNotFound
+from xandrouting.http.body import ClientLeft, Receive, read_body
+from xandrouting.http.errors import headers_of, to_bytes, to_sse
+from xandrouting.http.gate import Gate
+from xandrouting.http.protocol import close_connection
+from xandrouting.inventory.inventory import Inventory
+from xandrouting.pool.pool import Claim, Engine, EnginePool
+from xandrouting.proxy.forward import Answer, Send, forward
+from xandrouting.proxy.headers import EVENT_STREAM_HEADERS
+from xandrouting.proxy.request import BodyParser, Chat, Inference, Routing, body_for
+from xandrouting.proxy.sse import comment
+from xandrouting.routing.catalog import Catalog, Route
+from xandrouting.telemetry.requests import RequestStats
+
+log = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+
+COMMENT_EVERY_S: Final = 10.0
+MAX_REQUEST_ID: Final = 128
+# What an engine may want to know of the client's request besides its body.
+_PASSED_HEADERS: Final = frozenset((b"anthropic-version", b"anthropic-beta", b"openai-beta"))
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What one hot path asks of a body and of an engine."""
+
+    body: type[Inference]
+    parser: BodyParser[Any]
+    embeddings: bool = False
+
+
+def _kind(body: type[Inference], *, embeddings: bool = False) -> Kind:
+    return Kind(body, BodyParser(body), embeddings)
+
+
+_ANY: Final = _kind(Inference)
+
+HOT_PATHS: Final[Mapping[str, Kind]] = {
+    "/v1/chat/completions": _kind(Chat),
+    "/v1/completions": _ANY,
+    "/v1/embeddings": _kind(Inference, embeddings=True),
+    "/v1/rerank": _ANY,
+    "/v1/responses": _ANY,
+    "/v1/messages": _ANY,
+    "/v1/messages/count_tokens": _ANY,
+    "/tokenize": _ANY,
+    "/detokenize": _ANY,
+}
+
+
+class InferenceApi:
+    """Answers the hot paths."""
+
+    def __init__(
+        self,
+        *,
+        gate: Gate,
+        catalog: Catalog,
+        inventory: Inventory,
+        pool: EnginePool,
+        stats: RequestStats,
+        keepalive_after_s: float,
+        max_load_wait_s: float,
+        max_body_bytes: int,
+    ) -> None:
+        self.gate = gate
+        self.catalog = catalog
+        self.inventory = inventory
+        self.pool = pool
+        self.stats = stats
+        self.keepalive_after_s = keepalive_after_s
+        self.max_load_wait_s = max_load_wait_s
+        self.max_body_bytes = max_body_bytes
+        self._prefix = f"req_{secrets.token_hex(4)}"
+        self._numbers = itertools.count(1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await _Call(self, scope, send).run(receive)
+
+    async def route(self, fields: Routing, *, embeddings: bool = False) -> Route:
+        """Return the route of a request, checked on disk if it will cause a load.
+
+        Raises:
+            GatewayError: no such model, or a file no engine could load, and so on.
+        """
+        try:
+            route = self.catalog.route(fields, embeddings=embeddings)
+        except ModelNotFound:
+            await self.inventory.refresh()  # it may have come since the last look
+            route = self.catalog.route(fields, embeddings=embeddings)
+        if route.file is None or self.pool.view(route.spec.key) is not None:
+            return route
+        now = await self.inventory.verify(route.file)
+        if now.revision == route.file.revision:
+            return route
+        await self.inventory.refresh()
+        return self.catalog.route(fields, embeddings=embeddings)
+
+    def request_id(self) -> bytes:
+        """Return a new id for a request whose client sent none."""
+        return f"{self._prefix}{next(self._numbers):08x}".encode()
+
+
+class _Call:
+    """One request on a hot path."""
+
+    __slots__ = ("_answer", "_api", "_arrived", "_left", "_scope", "_status", "_task")
+
+    def __init__(self, api: InferenceApi, scope: Scope, send: Send) -> None:
+        self._api = api
+        self._scope = scope
+        self._arrived = asyncio.get_running_loop().time()
+        self._left = False
+        self._status = 200
+        self._task: asyncio.Task[Any] | None = None
+        self._answer = Answer(send, [(b"x-request-id", self._request_id())])
+
+    async def run(self, receive: Receive) -> None:
+        stats = self._api.stats
+        stats.active += 1
+        watcher: asyncio.Task[None] | None = None
+        try:
+            self._api.gate.check("POST", self._scope["path"], self._scope["headers"])
+            body = await read_body(self._scope, receive, self._api.max_body_bytes)
+            loop = asyncio.get_running_loop()
+            self._task = asyncio.current_task(loop)
+            watcher = loop.create_task(self._watch(receive))
+            await self._serve(body)
+        except GatewayError as error:
+            await self._fail(error, watcher)
+        except ClientLeft:
+            self._left = True
+        except asyncio.CancelledError:
+            if not self._left:
+                raise
+            if self._task is not None:
+                self._task.uncancel()
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+            self._count(stats)
+
+    async def _serve(self, body: bytes) -> None:
+        api, path = self._api, self._scope["path"]
+        kind = HOT_PATHS[path]
+        fields: Inference = kind.parser.parse(body)
+        route = await api.route(fields, embeddings=kind.embeddings)
+        claim = api.pool.claim(
+            route.spec,
+            ttl_s=route.ttl_s,
+            wait_s=api.max_load_wait_s,
+            spelling=fields.model,
+        )
+        try:
+            engine = claim.engine or await self._wait(claim, stream=fields.stream is True)
+            self._tell(claim, engine, route)
+            client = engine.client
+            assert client is not None  # a granted engine listens
+            await forward(
+                client,
+                self._engine_path(),
+                body_for(body, fields, route.asked_model),
+                self._answer,
+                headers=self._engine_headers(),
+                name=f"The engine of {route.spec.key.model}",
+                explain=lambda status, error: engine.adapter.explain(status, error, path),
+            )
+        finally:
+            claim.release()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        # The server says so too when the answer is complete.
+        if not self._answer.finished and self._task is not None:
+            self._left = True
+            self._task.cancel()
+
+    async def _wait(self, claim: Claim, *, stream: bool) -> Engine:
+        """Wait for the engine; a stream gets comments meanwhile, so that nobody gives up."""
+        if not stream:
+            return await claim.granted()
+        pause_s = self._api.keepalive_after_s
+        while True:
+            try:
+                async with asyncio.timeout(pause_s):
+                    return await claim.granted()
+            except TimeoutError:
+                pass
+            if not self._answer.started:
+                await self._answer.start(200, EVENT_STREAM_HEADERS)
+                self._answer.events = True
+            await self._answer.body(comment(self._api.pool.progress(claim)))
+            pause_s = min(max(self._api.keepalive_after_s, 1.0), COMMENT_EVERY_S)
+
+    def _tell(self, claim: Claim, engine: Engine, route: Route) -> None:
+        """Say in the headers which engine it is and what the wait for it was."""
+        stats = self._api.stats
+        load, queue_s = b"hit", 0.0
+        if claim.hit:
+            stats.hits += 1
+        else:
+            stats.misses += 1
+            ready = engine.ready or claim.asked
+            queue_s = max(0.0, engine.started - claim.asked)
+            load_s = max(0.0, ready - max(engine.started, claim.asked))
+            caused = engine.started >= claim.asked
+            load = b"%b;dur=%.3f" % (b"cold" if caused else b"waited", load_s)
+        stats.queue_wait.add(queue_s)
+        if self._answer.started:
+            return
+        self._answer.headers += [
+            (b"x-xandrouting-engine", engine.label),
+            (b"x-xandrouting-load", load),
+            (b"x-xandrouting-queue", b"dur=%.3f" % queue_s),
+        ]
+        if route.device_fallback is not None:
+            told = f"{route.device_fallback}->{route.spec.key.device}"
+            self._answer.headers.append((b"x-xandrouting-device-fallback", told.encode()))
+
+    async def _fail(self, error: GatewayError, watcher: asyncio.Task[None] | None) -> None:
+        """Tell the client of an error, as far as it can still be told."""
+        self._status = error.status
+        if error.status >= 500:
+            log.info("request failed code=%s status=%d %s", error.code, error.status, error.message)
+        answer = self._answer
+        if not answer.started:
+            body = to_bytes(error)
+            length = (b"content-length", b"%d" % len(body))
+            await answer.start(error.status, [*headers_of(error), length])
+            await answer.body(body, last=True)
+            return
+        self._api.stats.stream_errors += 1
+        if answer.events:
+            await answer.body(to_sse(error), last=True)
+        close_connection(self._scope)
+        if not answer.events and watcher is not None:
+            # A plain answer that is cut short: only the closed connection can say so.
+            answer.finished = True
+            await asyncio.wait({watcher})
+
+    def _count(self, stats: RequestStats) -> None:
+        stats.active -= 1
+        if self._left:
+            stats.cancelled += 1
+            return
+        now = asyncio.get_running_loop().time()
+        stats.answered[self._scope["path"], self._status] += 1
+        stats.duration.add(now - self._arrived)
+        if self._answer.first_byte is not None:
+            stats.first_byte.add(self._answer.first_byte - self._arrived)
+
+    def _request_id(self) -> bytes:
+        for name, value in self._scope["headers"]:
+            if name == b"x-request-id":
+                if 0 < len(value) <= MAX_REQUEST_ID and value.isascii():
+                    return bytes(value)
+                break
+        return self._api.request_id()
+
+    def _engine_path(self) -> bytes:
+        query = self._scope["query_string"]
+        path: bytes = self._scope["path"].encode()
+        return path + b"?" + query if query else path
+
+    def _engine_headers(self) -> bytes:
+        lines = [b"content-type: application/json\r\n"]
+        lines += [
+            b"%b: %b\r\n" % pair for pair in self._scope["headers"] if pair[0] in _PASSED_HEADERS
+        ]
+        return b"".join(lines)

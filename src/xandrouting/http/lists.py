@@ -1,0 +1,203 @@
+"""What the lists show, from the values of the other rooms. Nothing here waits or measures."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+
+from xandrouting.core.engine_state import EngineState
+from xandrouting.core.model import Backend
+from xandrouting.core.scheduler import EngineView
+from xandrouting.http.schemas import (
+    InventoryFile,
+    InventoryItem,
+    LoadedItem,
+    MemoryItem,
+    ModelItem,
+    Status,
+    UnloadResult,
+)
+from xandrouting.inventory.model_file import VIRTUAL_ROOT, ModelFile
+from xandrouting.pool.pool import Engine, EnginePool
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+_SHOWN_STATE = {
+    EngineState.STARTING: "loading",
+    EngineState.READY: "loaded",
+    EngineState.DRAINING: "loaded",
+    EngineState.STOPPING: "unloaded",
+}
+
+
+def iso(seconds: float | None) -> str | None:
+    """Return wall time as UTC in ISO 8601 with a Z."""
+    if seconds is None:
+        return None
+    moment = datetime.fromtimestamp(seconds, tz=UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def cache_key(view: EngineView) -> str:
+    """Return the older server's name for what makes two requests share an engine."""
+    key = view.engine.key
+    return f"{key.model}|{key.backend}|{key.device}"
+
+
+def is_local(view: EngineView) -> bool:
+    """Whether the engine is one of ours and not somebody else's server."""
+    return view.engine.key.backend is not Backend.UPSTREAM
+
+
+def loaded_item(view: EngineView, engine: Engine, *, now: float) -> LoadedItem:
+    """Describe one engine; `now` is the loop's clock."""
+    deadline = view.idle_deadline()
+    remaining = None if deadline is None else round(max(0.0, deadline - now), 3)
+    loaded_at = iso(engine.loaded_at)
+    key, options = view.engine.key, view.options
+    memory = engine.memory
+    return LoadedItem(
+        model=engine.spelling,
+        model_path=engine.spelling,
+        path=key.model,
+        engine=engine.id.label,
+        cache_key=cache_key(view),
+        backend=key.backend,
+        device=key.device,
+        state=view.state,
+        ttl=view.ttl_s,
+        ttl_remaining=remaining,
+        ttlRemaining=remaining,
+        loaded_at=loaded_at,
+        loadedAt=loaded_at,
+        last_used=iso(engine.used_at),
+        expires_at=None if remaining is None else iso(time.time() + remaining),
+        load_seconds=None if engine.load_seconds is None else round(engine.load_seconds, 3),
+        active_requests=view.active,
+        pinned=False,
+        n_ctx=options.n_ctx,
+        n_gpu_layers=options.n_gpu_layers,
+        n_parallel=options.n_parallel,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        max_model_len=options.max_model_len,
+        memory=MemoryItem(
+            estimated_bytes=view.spec.footprint.host_bytes or None,
+            measured_bytes=memory.host_bytes,
+            device_bytes=memory.device_bytes,
+            host_bytes=memory.host_bytes,
+        ),
+        pid=None if engine.handle is None else engine.handle.pid,
+        node="local",
+    )
+
+
+def unload_result(view: EngineView, engine: Engine) -> UnloadResult:
+    """Describe an engine that has left."""
+    key = view.engine.key
+    return UnloadResult(
+        model=engine.spelling,
+        model_path=engine.spelling,
+        path=key.model,
+        cache_key=cache_key(view),
+        backend=key.backend,
+        device=key.device,
+        status="unloaded",
+    )
+
+
+def status_of(file: ModelFile, pool: EnginePool) -> Status:
+    """Return the state of a model: the best of its engines', else how its last load went."""
+    states = [
+        _SHOWN_STATE[view.state] for view, _ in pool.views() if view.engine.key.model == file.id
+    ]
+    for value in ("loaded", "loading"):
+        if value in states:
+            return Status(value=value)
+    failure = pool.failure(file.id, file.revision)
+    if failure is not None:
+        return Status(value="failed", failed=True, message=failure.message)
+    return Status(value="unloaded")
+
+
+def model_item(file: ModelFile, pool: EnginePool) -> ModelItem:
+    """Describe a model as the OpenAI API does, and then some."""
+    header = file.header
+    capabilities = ["completion"]
+    if header is not None and header.pooling_type:
+        capabilities = ["embedding"]
+    elif header is not None and header.chat_template:
+        capabilities.append("chat")
+    if file.mmproj is not None:
+        capabilities.append("vision")
+    return ModelItem(
+        id=file.id,
+        created=int(file.modified),
+        status=status_of(file, pool),
+        context_length=None if header is None else header.context_length,
+        quantization=file.quantization,
+        backend=Backend.LLAMACPP,
+        size_bytes=file.size_bytes,
+        capabilities=capabilities,
+    )
+
+
+def inventory_item(file: ModelFile, pool: EnginePool) -> InventoryItem:
+    """Describe what lies on disk."""
+    header = file.header
+    metadata = (
+        {}
+        if header is None
+        else {
+            "architecture": header.architecture,
+            "name": header.name,
+            "parameters": header.parameters,
+            "context_length": header.context_length,
+            "layers": header.block_count,
+            "heads": header.head_count,
+            "embedding_length": header.embedding_length,
+            "chat_template": header.chat_template is not None,
+        }
+    )
+    size_gb = round(file.size_bytes / GIB, 2)
+    folder = f"{VIRTUAL_ROOT}/{file.folder}".rstrip("/")
+    return InventoryItem(
+        name=file.stem,
+        model_name=file.stem,
+        path=file.id,
+        model_path=folder,
+        type="gguf",
+        model_type="gguf",
+        size=file.size_bytes,
+        total_size_bytes=file.size_bytes,
+        size_gb=size_gb,
+        total_size_gb=size_gb,
+        sizeGB=f"{size_gb:.2f}",
+        file_count=len(file.files),
+        files=[_file(part.relative, part.size_bytes, file.quantization) for part in file.files],
+        quantization=file.quantization,
+        recommended_backend=Backend.LLAMACPP,
+        recommended_backends=[Backend.LLAMACPP],
+        recommendedBackend=[Backend.LLAMACPP],
+        is_loaded=status_of(file, pool).value == "loaded",
+        has_config=False,
+        config_metadata=metadata,
+        metadata=metadata,
+        problem=file.problem,
+    )
+
+
+def _file(relative: str, size_bytes: int, quantization: str | None) -> InventoryFile:
+    name = PurePosixPath(relative).name
+    return InventoryFile(
+        path=f"{VIRTUAL_ROOT}/{relative}",
+        filename=name,
+        name=name,
+        size_bytes=size_bytes,
+        size_mb=round(size_bytes / MIB, 2),
+        size_gb=round(size_bytes / GIB, 2),
+        file_type="gguf",
+        type="gguf",
+        quantization=quantization,
+    )

@@ -1,0 +1,332 @@
+"""What a GGUF file's header tells, whatever the bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from xandrouting.inventory.gguf_reader import (
+    INTEGER_KINDS,
+    SCALARS,
+    U32,
+    ArrayAt,
+    HeaderReader,
+    InvalidGguf,
+    UnreadableGguf,
+)
+from xandrouting.inventory.quantization import (
+    FILE_TYPES,
+    MAX_TENSOR_TYPE,
+    RETIRED_TENSOR_TYPES,
+    TENSOR_TYPES,
+    quantization_of,
+)
+
+__all__ = ["GgufHeader", "InvalidGguf", "UnreadableGguf", "join_parts", "read_gguf"]
+
+_MAX_KEYS: Final = 16_384
+_MAX_KEY_BYTES: Final = 256  # a longer key is none of ours
+_MAX_TENSORS: Final = 50_000
+_MAX_LAYERS: Final = 4096
+_MAX_DIMS: Final = 4
+_LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+
+_TENSOR_INFO: Final = [struct.Struct(f"<{dims}QIQ") for dims in range(_MAX_DIMS + 1)]
+_STRING, _ARRAY = 8, 9
+# How many bytes of each text are kept; a longer one counts as absent.
+_TEXTS: Final = {
+    "general.architecture": 256,
+    "general.type": 256,
+    "general.name": 4096,
+    "general.size_label": 256,
+    "tokenizer.chat_template": 1 << 20,
+}
+_NUMBERS: Final = frozenset(
+    {"general.file_type", "general.alignment", "split.count", "split.no"},
+)
+_ARCHITECTURE_NUMBERS: Final = frozenset(
+    {
+        "context_length",
+        "block_count",
+        "embedding_length",
+        "expert_count",
+        "pooling_type",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.sliding_window",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What a GGUF header tells. None: the header does not say."""
+
+    architecture: str | None
+    kind: str | None  # `model`, `adapter`, `mmproj`, …; absent in older files
+    name: str | None
+    size_label: str | None
+    context_length: int | None
+    block_count: int | None
+    embedding_length: int | None
+    head_count: int | tuple[int, ...] | None  # a tuple: one number per layer
+    head_count_kv: int | tuple[int, ...] | None
+    key_length: int | None
+    value_length: int | None
+    sliding_window: int | None
+    expert_count: int | None
+    pooling_type: int | None  # 0 none, 1 mean, 2 cls, 3 last, 4 rank
+    chat_template: str | None
+    split_count: int | None
+    split_no: int | None  # from 0
+    file_type: str | None  # what the header claims, `Q4_K_M`
+    type_bytes: tuple[tuple[str, int], ...]  # bytes per tensor type, the largest first
+    quantization: str | None
+    parameters: int
+    data_bytes: int  # what the file must hold to be whole
+    file_size: int
+
+
+def read_gguf(path: str | os.PathLike[str]) -> GgufHeader:
+    """Read the header of the file at `path`, and check that the file is whole.
+
+    It takes 10 ms of CPU for a usual model, under a second and 50 MB whatever the bytes.
+
+    Raises:
+        UnreadableGguf: the system refuses; the same file may do later.
+        InvalidGguf: empty, cut short, damaged, or not such a file.
+    """
+    try:
+        # A named pipe would block in open() without O_NONBLOCK.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return _read(fd, Path(path).name)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise UnreadableGguf(f"unreadable: {error.strerror}") from error
+
+
+def join_parts(parts: Sequence[GgufHeader], file_name: str) -> GgufHeader:
+    """Return the first part's header with what counts all parts together."""
+    type_bytes: Counter[str] = Counter()
+    for part in parts:
+        type_bytes.update(dict(part.type_bytes))
+    first = parts[0]
+    return replace(
+        first,
+        type_bytes=tuple(type_bytes.most_common()),
+        quantization=quantization_of(type_bytes, first.file_type, file_name),
+        parameters=sum(part.parameters for part in parts),
+        data_bytes=sum(part.data_bytes for part in parts),
+        file_size=sum(part.file_size for part in parts),
+    )
+
+
+_Value = int | float | str | ArrayAt | None
+
+
+def _read(fd: int, file_name: str) -> GgufHeader:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidGguf("not a regular file")
+    _check_magic(os.pread(fd, len(_LFS_POINTER), 0))
+    reader = HeaderReader(fd, status.st_size)
+    reader.skip(8)
+    tensors, keys = reader.u64(), reader.u64()
+    if tensors > _MAX_TENSORS or keys > _MAX_KEYS:
+        raise InvalidGguf("header damaged: an impossible number of entries")
+    metadata = _read_metadata(reader, keys)
+    layout = _read_tensors(reader, tensors, alignment=_alignment(metadata))
+    if layout.data_bytes > status.st_size:
+        raise InvalidGguf(
+            f"cut short: the header says {layout.data_bytes} bytes, the file has {status.st_size}"
+        )
+    return _header(reader, metadata, layout, file_name=file_name, file_size=status.st_size)
+
+
+def _check_magic(head: bytes) -> None:
+    if not head:
+        raise InvalidGguf("empty file")
+    if head == _LFS_POINTER:
+        raise InvalidGguf("a git-lfs pointer, not the model")
+    if head[:4] != b"GGUF":
+        raise InvalidGguf("not a GGUF file")
+    if len(head) < 8:
+        raise InvalidGguf("cut short: the file ends inside its header")
+    version = U32.unpack_from(head, 4)[0]
+    if version and not version & 0xFFFF:
+        raise InvalidGguf("a big-endian GGUF file, which no engine here reads")
+    if version not in (2, 3):
+        raise InvalidGguf(f"unsupported GGUF version {version}")
+
+
+def _read_metadata(reader: HeaderReader, keys: int) -> dict[str, _Value]:
+    metadata: dict[str, _Value] = {}
+    for _ in range(keys):
+        key = _read_key(reader)
+        kind = reader.u32()
+        value = _read_value(reader, kind, text_limit=_TEXTS.get(key, 0))
+        if key in _TEXTS or key in _NUMBERS or key.partition(".")[2] in _ARCHITECTURE_NUMBERS:
+            metadata[key] = value
+    return metadata
+
+
+def _read_key(reader: HeaderReader) -> str:
+    length = reader.u64()
+    if length <= _MAX_KEY_BYTES:
+        return reader.text(length)
+    reader.skip(length)
+    return ""
+
+
+def _read_value(reader: HeaderReader, kind: int, *, text_limit: int) -> _Value:
+    if kind == _STRING:
+        length = reader.u64()
+        if length <= text_limit:
+            return reader.text(length)
+        reader.skip(length)
+        return None
+    if kind == _ARRAY:
+        return _read_array(reader)
+    if kind not in SCALARS:
+        raise InvalidGguf(f"header damaged: no such value type, {kind}")
+    value: int | float = reader.unpack(SCALARS[kind])[0]
+    return value
+
+
+def _read_array(reader: HeaderReader) -> ArrayAt | None:
+    kind, count = reader.u32(), reader.u64()
+    if kind == _STRING:
+        reader.skip_strings(count)
+        return None
+    if kind not in SCALARS:
+        raise InvalidGguf(f"header damaged: no such array type, {kind}")
+    array = ArrayAt(reader.position, kind, count)
+    reader.skip(count * SCALARS[kind].size)
+    return array
+
+
+def _alignment(metadata: Mapping[str, _Value]) -> int:
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        raise InvalidGguf("header damaged: the alignment is not a power of two")
+    return alignment
+
+
+class _Layout(NamedTuple):
+    parameters: int
+    type_bytes: Counter[str]
+    data_bytes: int
+
+
+def _read_tensors(reader: HeaderReader, count: int, *, alignment: int) -> _Layout:
+    parameters = end = 0
+    type_bytes: Counter[str] = Counter()
+    for _ in range(count):
+        name, elements, size, offset = _read_tensor(reader)
+        if offset % alignment:
+            raise InvalidGguf("header damaged: a tensor lies off the alignment")
+        parameters += elements
+        end = max(end, offset + size)
+        if name is not None:
+            type_bytes[name] += size
+    start = reader.position
+    if count:
+        start += -start % alignment
+    return _Layout(parameters, type_bytes, start + end)
+
+
+def _read_tensor(reader: HeaderReader) -> tuple[str | None, int, int, int]:
+    """Return type, elements, bytes and offset; a type newer than the table has no name or bytes."""
+    reader.skip(reader.u64())
+    dims = reader.u32()
+    if dims > _MAX_DIMS:
+        raise InvalidGguf(f"header damaged: a tensor of {dims} dimensions")
+    *shape, kind, offset = reader.unpack(_TENSOR_INFO[dims])
+    elements = math.prod(shape)
+    if max(elements, offset, *shape, 0) >= 1 << 63 or kind > MAX_TENSOR_TYPE:
+        raise InvalidGguf("header damaged: an impossible tensor")
+    if kind in RETIRED_TENSOR_TYPES:
+        raise InvalidGguf("in an old tensor format that engines no longer read")
+    if kind not in TENSOR_TYPES:
+        return None, elements, 0, offset
+    name, block, size = TENSOR_TYPES[kind]
+    if shape and shape[0] % block:
+        raise InvalidGguf(f"header damaged: a row of {shape[0]} elements in {name}")
+    return name, elements, -(-elements // block) * size, offset
+
+
+def _header(
+    reader: HeaderReader,
+    metadata: Mapping[str, _Value],
+    layout: _Layout,
+    *,
+    file_name: str,
+    file_size: int,
+) -> GgufHeader:
+    architecture = _text(metadata, "general.architecture")
+    file_type_number = _integer(metadata, "general.file_type")
+    file_type = FILE_TYPES.get(file_type_number) if file_type_number is not None else None
+
+    def number(key: str) -> int | None:
+        return _integer(metadata, f"{architecture}.{key}")
+
+    def per_layer(key: str) -> int | tuple[int, ...] | None:
+        value = metadata.get(f"{architecture}.{key}")
+        if isinstance(value, ArrayAt):
+            return _layers(reader, value)
+        return number(key)
+
+    return GgufHeader(
+        architecture=architecture,
+        kind=_text(metadata, "general.type"),
+        name=_text(metadata, "general.name"),
+        size_label=_text(metadata, "general.size_label"),
+        context_length=number("context_length"),
+        block_count=number("block_count"),
+        embedding_length=number("embedding_length"),
+        head_count=per_layer("attention.head_count"),
+        head_count_kv=per_layer("attention.head_count_kv"),
+        key_length=number("attention.key_length"),
+        value_length=number("attention.value_length"),
+        sliding_window=number("attention.sliding_window"),
+        expert_count=number("expert_count"),
+        pooling_type=number("pooling_type"),
+        chat_template=_text(metadata, "tokenizer.chat_template"),
+        split_count=_integer(metadata, "split.count"),
+        split_no=_integer(metadata, "split.no"),
+        file_type=file_type,
+        type_bytes=tuple(layout.type_bytes.most_common()),
+        quantization=quantization_of(layout.type_bytes, file_type, file_name),
+        parameters=layout.parameters,
+        data_bytes=layout.data_bytes,
+        file_size=file_size,
+    )
+
+
+def _text(metadata: Mapping[str, _Value], key: str) -> str | None:
+    value = metadata.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _integer(metadata: Mapping[str, _Value], key: str) -> int | None:
+    value = metadata.get(key)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32:
+        return value
+    return None
+
+
+def _layers(reader: HeaderReader, array: ArrayAt) -> tuple[int, ...] | None:
+    if array.length > _MAX_LAYERS or array.kind not in INTEGER_KINDS:
+        return None
+    return reader.integers(array)

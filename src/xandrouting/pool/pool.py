@@ -1,0 +1,442 @@
+"""The shell around the scheduler: performs its effects, tells it what happened.
+
+No argv and no HTTP answers here: the adapter says what to run, the launcher runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Self, TypeVar, assert_never
+
+from xandrouting.core.engine_state import EngineState
+from xandrouting.core.errors import EngineStartFailed, GatewayError
+from xandrouting.core.model import (
+    Backend,
+    EngineId,
+    EngineSpec,
+    LoadOptions,
+    MemoryUse,
+    ModelKey,
+    Ticket,
+)
+from xandrouting.core.scheduler import (
+    Acquire,
+    Effect,
+    EngineExited,
+    EngineReady,
+    EngineView,
+    Event,
+    Grant,
+    Refuse,
+    Release,
+    Scheduler,
+    Shutdown,
+    Start,
+    Stop,
+    Tick,
+    Unload,
+)
+from xandrouting.engines.base import EngineAdapter
+from xandrouting.launch.base import Handle, Launcher
+from xandrouting.net.client import Client
+from xandrouting.pool.failures import start_error
+from xandrouting.pool.probe import Health, Progress, StartError, http_health, until_ready
+
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
+
+MEASURE_EVERY_S: Final = 2.0  # how old the shown memory of a running engine may be
+
+
+class _StopAsked(Exception):
+    """The engine was told to stop while something was under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How engines of one backend are made: who plans them and who runs them."""
+
+    adapter: EngineAdapter
+    launcher: Launcher
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One engine as the shell holds it. Times ending in `_at` are wall time, for people."""
+
+    id: EngineId
+    spec: EngineSpec
+    options: LoadOptions
+    adapter: EngineAdapter
+    started: float  # the loop's clock
+    spelling: str  # the string a client last used for the model
+    label: bytes  # for the answer's header
+    client: Client | None = None
+    handle: Handle | None = None
+    ready: float | None = None  # the loop's clock
+    loaded_at: float | None = None
+    used_at: float | None = None
+    memory: MemoryUse = field(default_factory=MemoryUse)
+    progress: Progress = field(default_factory=Progress)
+    stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    forced: bool = False
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def load_seconds(self) -> float | None:
+        """From the start of its process to the first passing probe."""
+        return None if self.ready is None else self.ready - self.started
+
+    @property
+    def load_fraction(self) -> float | None:
+        """How much of the model's file is in memory while it loads, 0 to 1, measured."""
+        if self.progress.host_bytes is None or not self.spec.footprint.host_bytes:
+            return None
+        return min(1.0, self.progress.host_bytes / self.spec.footprint.host_bytes)
+
+
+class Claim:
+    """One ticket: a request's way to an engine. End it with `release()`, whatever it became."""
+
+    __slots__ = ("_future", "_pool", "asked", "engine", "error", "hit", "key", "ticket")
+
+    def __init__(self, pool: EnginePool, ticket: Ticket, key: ModelKey, asked: float) -> None:
+        self._pool = pool
+        self._future: asyncio.Future[None] | None = None
+        self.ticket = ticket
+        self.key = key
+        self.asked = asked
+        self.engine: Engine | None = None
+        self.error: GatewayError | None = None
+        self.hit = False  # granted at once
+
+    async def granted(self) -> Engine:
+        """Wait for the engine.
+
+        Cancelling leaves the claim as it is: it may be waited for again.
+
+        Raises:
+            GatewayError: refused; the error is the reason.
+        """
+        while self.engine is None:
+            if self.error is not None:
+                raise self.error
+            self._future = asyncio.get_running_loop().create_future()
+            await self._future
+        return self.engine
+
+    def settle(self) -> None:
+        """Wake who waits: `engine` or `error` was set."""
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    def release(self) -> None:
+        """End the ticket: the lease goes back, or the place in the queue is given up."""
+        self._pool.release(self)
+
+
+class EnginePool:
+    """Every engine of this node. Use as an async context; leaving it ends all engines."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        kinds: Mapping[Backend, Kind],
+        *,
+        load_stall_s: float,
+        health: Health = http_health,
+    ) -> None:
+        self._scheduler = scheduler
+        self._kinds = kinds
+        self._load_stall_s = load_stall_s
+        self._health = health
+        self._engines: dict[EngineId, Engine] = {}
+        self._claims: dict[Ticket, Claim] = {}
+        self._spellings: dict[ModelKey, str] = {}
+        self._numbers = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self.loads = 0  # engines that became ready
+        self.load_failures = 0
+        self.evictions = 0
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # Requests.
+
+    def claim(
+        self,
+        spec: EngineSpec,
+        *,
+        ttl_s: float | None = None,
+        wait_s: float | None = None,
+        spelling: str | None = None,
+    ) -> Claim:
+        """Ask for an engine; the claim may be granted already when this returns.
+
+        `spelling` is the model's name as the client wrote it, for the lists. After `wait_s`
+        of waiting the claim is refused.
+        """
+        now = self._loop.time()
+        claim = Claim(self, Ticket(next(self._numbers)), spec.key, now)
+        self._claims[claim.ticket] = claim
+        if spelling is not None:
+            self._spellings[spec.key] = spelling
+        deadline = None if wait_s is None else now + wait_s
+        self._dispatch(Acquire(claim.ticket, spec, ttl_s, deadline))
+        claim.hit = claim.engine is not None
+        return claim
+
+    def release(self, claim: Claim) -> None:
+        """End a claim; a second call does nothing."""
+        if self._claims.pop(claim.ticket, None) is None:
+            return
+        if claim.engine is not None:
+            claim.engine.used_at = time.time()
+        self._dispatch(Release(claim.ticket))
+
+    def progress(self, claim: Claim) -> str:
+        """Say what a claim waits for: `loading 43%`, `loading`, or `queued behind 2`."""
+        view = self._scheduler.view(claim.key)
+        if view is not None and view.state is EngineState.STARTING:
+            fraction = self._engines[view.engine].load_fraction
+            return "loading" if fraction is None else f"loading {fraction:.0%}"
+        return f"queued behind {self._scheduler.queue_position(claim.ticket) or 0}"
+
+    # Wishes.
+
+    async def unload(self, engines: list[EngineId], *, force: bool) -> None:
+        """Let these engines go and wait until they are gone; busy ones drain unless forced.
+
+        Cancelling the wait does not take the wish back.
+        """
+        waiting = [self._engines[e].gone for e in engines if e in self._engines]
+        for engine in engines:
+            self._dispatch(Unload(engine, force))
+        for gone in waiting:
+            await gone.wait()
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new work, let running requests end for at most `grace_s`, end every engine."""
+        self._dispatch(Shutdown())
+        waiting = [engine.gone.wait() for engine in self._engines.values()]
+        try:
+            async with asyncio.timeout(grace_s):
+                await asyncio.gather(*waiting)
+        except TimeoutError:
+            self._dispatch(Shutdown(force=True))
+        for engine in list(self._engines.values()):
+            await engine.gone.wait()
+
+    async def aclose(self) -> None:
+        """End every engine now."""
+        self._dispatch(Shutdown(force=True))
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # Lists.
+
+    def views(self) -> list[tuple[EngineView, Engine]]:
+        """Every engine that is not gone: what the scheduler knows and what was measured."""
+        return [(view, self._engines[view.engine]) for view in self._scheduler.views()]
+
+    def view(self, key: ModelKey) -> tuple[EngineView, Engine] | None:
+        """Return the engine of this key that is not gone."""
+        view = self._scheduler.view(key)
+        return None if view is None else (view, self._engines[view.engine])
+
+    def failure(self, model: str, revision: str) -> GatewayError | None:
+        """Return why the last start of this file failed; None: it did not, or it was mended."""
+        return self._scheduler.failure(model, revision)
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait for an engine."""
+        return self._scheduler.queued
+
+    # The scheduler's side.
+
+    def _dispatch(self, event: Event) -> None:
+        # Not a coroutine on purpose: with no await, no other task can see the scheduler
+        # between a decision and its bookkeeping. This is the pool's only lock.
+        now = self._loop.time()
+        for effect in self._scheduler.handle(event, now=now):
+            self._perform(effect)
+        self._set_timer(now)
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case Grant(ticket, engine_id):
+                claim = self._claims[ticket]
+                claim.engine = engine = self._engines[engine_id]
+                engine.spelling = self._spellings.get(engine_id.key, engine.spelling)
+                claim.settle()
+            case Refuse(ticket, error):
+                claim = self._claims[ticket]
+                claim.error = error
+                claim.settle()
+            case Start():
+                self._start(effect)
+            case Stop():
+                self._stop(effect)
+            case _:
+                assert_never(effect)
+
+    def _set_timer(self, now: float) -> None:
+        wakeup = self._scheduler.next_wakeup(now=now)
+        if wakeup is None or (self._timer is not None and self._timer.when() <= wakeup):
+            return  # a timer that fires too early finds nothing to do and sets the next
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(wakeup, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._dispatch(Tick())
+
+    # One task per engine, from its start to its end.
+
+    def _start(self, start: Start) -> None:
+        kind = self._kinds[start.spec.key.backend]
+        engine = Engine(
+            start.engine,
+            start.spec,
+            start.options,
+            kind.adapter,
+            started=self._loop.time(),
+            spelling=self._spellings.get(start.spec.key, start.spec.key.model),
+            label=start.engine.label.encode(),
+        )
+        self._engines[start.engine] = engine
+        log.info("engine starting engine=%s options=%s", start.engine, start.options)
+        self._keep(self._run(engine, kind))
+
+    def _stop(self, stop: Stop) -> None:
+        engine = self._engines[stop.engine]
+        log.info("engine stopping engine=%s reason=%s force=%s", engine.id, stop.reason, stop.force)
+        self.evictions += stop.reason == "evicted"
+        engine.forced = engine.forced or stop.force
+        if stop.force and engine.stop_asked.is_set() and engine.handle is not None:
+            self._keep(engine.handle.stop(grace_s=0.0))  # hurry the stop that is under way
+        engine.stop_asked.set()
+
+    async def _run(self, engine: Engine, kind: Kind) -> None:
+        failure: GatewayError | None = None
+        try:
+            failure = await self._live(engine, kind)
+        except Exception:  # the edge of the engine's task
+            log.exception("engine task failed engine=%s", engine.id)
+            failure = EngineStartFailed(
+                f"Starting {engine.spec.key.model} failed inside the server."
+            )
+        finally:
+            self._dispatch(EngineExited(engine.id, failure))
+            del self._engines[engine.id]
+            engine.gone.set()
+            log.info("engine gone engine=%s", engine.id)
+
+    async def _live(self, engine: Engine, kind: Kind) -> GatewayError | None:
+        """Run the engine to its end; return why it never became ready, if it did not."""
+        plan = kind.adapter.plan(engine.spec, engine.options, api_key=secrets.token_urlsafe(24))
+        try:
+            handle = await _unless_stopped(engine, kind.launcher.start(engine.id, plan))
+        except _StopAsked:
+            return None
+        except GatewayError as error:
+            return self._failed(engine, error)
+        engine.handle = handle
+        engine.client = client = Client(handle.base_url, api_key=plan.api_key or None)
+        try:
+            probe = until_ready(
+                handle,
+                plan,
+                client,
+                stall_s=self._load_stall_s,
+                health=self._health,
+                progress=engine.progress,
+            )
+            await _unless_stopped(engine, probe)
+            self._became_ready(engine)
+            await _unless_stopped(engine, self._watch(engine, handle))
+        except _StopAsked:
+            pass
+        except StartError as error:
+            failure = error.failure or kind.adapter.classify(handle.tail(), error.status)
+            model = engine.spec.key.model
+            return self._failed(
+                engine, start_error(model, failure, handle.tail(), stall_s=self._load_stall_s)
+            )
+        finally:
+            client.close()
+            await handle.stop(grace_s=0.0 if engine.forced else plan.stop_grace_s)
+        return None
+
+    def _became_ready(self, engine: Engine) -> None:
+        engine.ready = self._loop.time()
+        engine.loaded_at = engine.used_at = time.time()
+        self.loads += 1
+        log.info("engine ready engine=%s load_s=%.2f", engine.id, engine.load_seconds)
+        self._dispatch(EngineReady(engine.id))
+
+    def _failed(self, engine: Engine, error: GatewayError) -> GatewayError:
+        self.load_failures += 1
+        log.warning(
+            "engine start failed engine=%s code=%s last_lines:\n%s",
+            engine.id,
+            error.code,
+            error.detail,
+        )
+        return error
+
+    async def _watch(self, engine: Engine, handle: Handle) -> None:
+        """Measure the engine's memory until it exits by itself."""
+        exited = asyncio.ensure_future(handle.exited())
+        try:
+            while not exited.done():
+                if handle.pid is not None:
+                    engine.memory = await handle.measure()
+                await asyncio.wait({exited}, timeout=MEASURE_EVERY_S)
+        finally:
+            exited.cancel()
+            await asyncio.wait({exited})
+        log.warning(
+            "engine exited engine=%s status=%s last_lines:\n%s",
+            engine.id,
+            handle.exit_status,
+            "\n".join(handle.tail()[-20:]),
+        )
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _unless_stopped(engine: Engine, work: Coroutine[Any, Any, _T]) -> _T:
+    """Run `work` to its end, or cancel it and raise _StopAsked when the engine is told to stop."""
+    doing = asyncio.ensure_future(work)
+    stop = asyncio.ensure_future(engine.stop_asked.wait())
+    try:
+        await asyncio.wait({doing, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise _StopAsked
+        return doing.result()
+    finally:
+        for task in (doing, stop):
+            task.cancel()
+        await asyncio.gather(doing, stop, return_exceptions=True)

@@ -1,0 +1,123 @@
+"""Is it ready? Watches a starting engine until it is, dies, or stops moving."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Final, Protocol
+
+from xandrouting.core.model import LaunchPlan, StartFailure
+from xandrouting.launch.base import Handle
+from xandrouting.net.client import Client, UpstreamError
+
+POLL_FIRST_S: Final = 0.01
+POLL_MAX_S: Final = 0.25
+MEASURE_EVERY_S: Final = 1.0
+MOVED_BYTES: Final = 1 << 20  # memory that grew by less has not moved
+
+
+class StartError(Exception):
+    """The engine never became ready. `status` is its exit status if it ended by itself."""
+
+    def __init__(self, failure: StartFailure | None, status: int | None) -> None:
+        super().__init__(failure, status)
+        self.failure = failure  # None: ask the adapter, by the engine's last lines
+        self.status = status
+
+
+class Health(Protocol):
+    """Asks an engine once how it is."""
+
+    async def __call__(self, client: Client, plan: LaunchPlan) -> bool:
+        """Whether it is ready. False also when nobody listens yet."""
+
+
+async def http_health(client: Client, plan: LaunchPlan) -> bool:
+    """Ask the plan's health address: 200 is ready. Without one it is taken for ready."""
+    if not plan.health_path:
+        return True
+    try:
+        status, _ = await client.get(plan.health_path.encode())
+    except UpstreamError:
+        return False
+    return status == 200
+
+
+class Progress:
+    """What a load has read so far, measured: the process tree's memory, in bytes."""
+
+    def __init__(self) -> None:
+        self.host_bytes: int | None = None
+
+
+async def until_ready(
+    handle: Handle,
+    plan: LaunchPlan,
+    client: Client,
+    *,
+    stall_s: float,
+    health: Health,
+    progress: Progress,
+) -> None:
+    """Return once the engine takes requests.
+
+    A plan with a ready line is asked as soon as the line is there, others are polled. There
+    is no limit on the whole: a load fails when neither output nor memory moved for `stall_s`.
+
+    Raises:
+        StartError: it exited, or it stalled; in the second case it still runs.
+    """
+    async with _kept(handle.exited()) as exited, _kept(handle.ready_line()) as line:
+        watch = _StallWatch(handle, stall_s, progress)
+        while not line.done():
+            await asyncio.wait(
+                {line, exited}, timeout=MEASURE_EVERY_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if exited.done():
+                raise StartError(None, exited.result())
+            await watch.look()
+        pause_s = POLL_FIRST_S
+        while not await health(client, plan):
+            await asyncio.wait({exited}, timeout=pause_s)
+            if exited.done():
+                raise StartError(None, exited.result())
+            await watch.look()
+            pause_s = min(pause_s * 1.5, POLL_MAX_S)
+
+
+class _StallWatch:
+    """Raises when nothing moved for too long. Looks at memory once a second at most."""
+
+    def __init__(self, handle: Handle, stall_s: float, progress: Progress) -> None:
+        self._handle = handle
+        self._stall_s = stall_s
+        self._progress = progress
+        self._printed = handle.activity()
+        self._loop = asyncio.get_running_loop()
+        self._moved_at = self._measured_at = self._loop.time()
+        self._seen_bytes = 0
+
+    async def look(self) -> None:
+        printed = self._handle.activity()
+        if printed != self._printed:
+            self._printed, self._moved_at = printed, self._loop.time()
+        if self._loop.time() - self._measured_at >= MEASURE_EVERY_S:
+            self._measured_at = self._loop.time()
+            host_bytes = (await self._handle.measure()).host_bytes
+            self._progress.host_bytes = host_bytes
+            if host_bytes is not None and abs(host_bytes - self._seen_bytes) >= MOVED_BYTES:
+                self._seen_bytes, self._moved_at = host_bytes, self._loop.time()
+        if self._loop.time() - self._moved_at >= self._stall_s:
+            raise StartError(StartFailure.STALLED, None)
+
+
+@contextlib.asynccontextmanager
+async def _kept(waiting: Coroutine[Any, Any, Any]) -> AsyncIterator[asyncio.Task[Any]]:
+    """Run `waiting` beside the block and end it with the block."""
+    task = asyncio.ensure_future(waiting)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})

@@ -1,0 +1,172 @@
+"""One exchange: a request to an engine, its answer to the client as it comes.
+
+The caller holds the lease for as long as `forward` runs, and cancels it when the client
+leaves; the connection to the engine is then cut at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, Final
+
+import msgspec
+
+from xandrouting.core.errors import (
+    EngineError,
+    EngineRejected,
+    GatewayError,
+    UpstreamUnreachable,
+)
+from xandrouting.net.client import Client, ConnectError, Headers, Response, UpstreamError
+from xandrouting.proxy.headers import EVENT_STREAM, STREAM_HEADERS, passed_on
+from xandrouting.proxy.sse import DONE, split_events
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Explain = Callable[[int, Mapping[str, Any]], GatewayError | None]
+
+ERROR_BYTES: Final = 1 << 20  # an error's body is read up to this size
+END_WAIT_S: Final = 1.0  # after [DONE]: how long the end of the engine's answer is waited for
+
+
+class Answer:
+    """What the client has got so far."""
+
+    __slots__ = ("_loop", "_send", "events", "finished", "first_byte", "headers", "started")
+
+    def __init__(self, send: Send, headers: Headers) -> None:
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self.headers = headers  # the gateway's own, to be sent with the status line
+        self.started = False
+        self.finished = False  # the last byte was handed to the server
+        self.events = False  # it is an event stream
+        self.first_byte: float | None = None  # when the body began, by the loop's clock
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send the status line and the headers."""
+        self.started = True
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": headers + self.headers,
+            }
+        )
+
+    async def body(self, data: bytes, *, last: bool = False) -> None:
+        """Send a piece of the body in one write."""
+        if self.first_byte is None and data:
+            self.first_byte = self._loop.time()
+        self.finished = last
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+
+async def forward(
+    client: Client,
+    path: bytes,
+    body: bytes,
+    answer: Answer,
+    *,
+    headers: bytes,
+    name: str,
+    explain: Explain,
+) -> None:
+    """Send `body` to the engine and its answer to the client.
+
+    `name` is what errors call the engine. `headers` are whole lines for the engine.
+
+    Raises:
+        GatewayError: before or after `answer` started; the caller tells the client.
+    """
+    try:
+        response = await client.request(b"POST", path, body, headers)
+    except ConnectError as error:
+        raise UpstreamUnreachable(
+            f"{name} does not accept connections. Check that it runs, then ask again."
+        ) from error
+    except UpstreamError as error:
+        raise _died(name) from error
+    try:
+        if response.status >= 400:
+            raise await _rejection(response, name, explain)
+        await _relay(response, answer)
+    except UpstreamError as error:
+        raise _died(name) from error
+    finally:
+        response.close()
+
+
+async def _relay(response: Response, answer: Answer) -> None:
+    """Send the answer on, events whole and each as soon as it is there."""
+    kind = response.header(b"content-type") or b""
+    events = kind.startswith(EVENT_STREAM)
+    if not answer.started:
+        headers = passed_on(response.headers)
+        await answer.start(response.status, headers + STREAM_HEADERS if events else headers)
+        answer.events = events
+    held = b""
+    while await response.more():
+        data = response.take()
+        if events:
+            data, held = split_events(held + data if held else data)
+            if data.endswith(DONE):
+                await answer.body(data, last=True)
+                await _finish(response)
+                return
+        if data:
+            last = response.complete and not held
+            await answer.body(data, last=last)
+            if last:
+                return
+    # The last event may lack the empty line that ends it: a client would wait for it.
+    await answer.body(held + b"\n\n" if held else b"", last=True)
+
+
+async def _finish(response: Response) -> None:
+    """Let the engine end an answer the client has whole, so that its connection can be kept."""
+    if response.complete:
+        return
+    try:
+        async with asyncio.timeout(END_WAIT_S):
+            while await response.more():
+                response.take()
+    except (TimeoutError, UpstreamError):
+        pass  # closing the response cuts the connection
+
+
+async def _rejection(response: Response, name: str, explain: Explain) -> GatewayError:
+    """Return the engine's error answer as one of ours."""
+    status = response.status
+    error = _error_object(await response.read(ERROR_BYTES))
+    known = explain(status, error)
+    if known is not None:
+        return known
+    message = str(error.get("message") or f"{name} refused the request with status {status}.")
+    if status < 500:
+        retry_after = response.header(b"retry-after") or b""
+        return EngineRejected(
+            message,
+            status=status,
+            error=error,
+            retry_after_s=float(retry_after) if retry_after.isdigit() else None,
+        )
+    return EngineError(f"{name} failed with status {status}: {message}")
+
+
+def _error_object(body: bytes) -> Mapping[str, Any]:
+    """Return what an engine said under `error`, whatever shape it has."""
+    try:
+        answer = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    if not isinstance(answer, dict):
+        return {}
+    error = answer.get("error", answer)
+    return error if isinstance(error, dict) else {"message": str(error)}
+
+
+def _died(name: str) -> EngineError:
+    return EngineError(
+        f"{name} broke off before the end of its answer. Ask again: it is started anew."
+    )

@@ -1,0 +1,50 @@
+"""Which headers cross the gateway."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from xandrouting.net.client import Headers
+
+# Hop by hop, the engine's own business, or set by the gateway itself.
+_DROPPED: Final = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"transfer-encoding",
+        b"te",
+        b"trailer",
+        b"upgrade",
+        b"proxy-authenticate",
+        b"proxy-connection",
+        b"server",
+        b"date",
+        b"set-cookie",
+        b"cache-control",
+        b"x-accel-buffering",
+        b"x-request-id",
+        b"access-control-allow-origin",
+        b"access-control-allow-credentials",
+        b"access-control-allow-methods",
+        b"access-control-allow-headers",
+        b"access-control-expose-headers",
+        b"access-control-max-age",
+    )
+)
+
+EVENT_STREAM: Final = b"text/event-stream"
+
+STREAM_HEADERS: Final[Headers] = [
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+EVENT_STREAM_HEADERS: Final[Headers] = [
+    (b"content-type", EVENT_STREAM),
+    *STREAM_HEADERS,
+]
+
+
+def passed_on(headers: Headers) -> Headers:
+    """Return the upstream's headers that the client gets."""
+    return [pair for pair in headers if pair[0] not in _DROPPED]

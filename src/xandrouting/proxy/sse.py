@@ -1,0 +1,28 @@
+"""Server-sent events, as far as a relay needs to know them: where one ends."""
+
+from __future__ import annotations
+
+from typing import Final
+
+DONE: Final = b"data: [DONE]\n\n"
+HOLD_BYTES: Final = 256 * 1024  # an event larger than this is passed on in pieces
+
+
+def split_events(data: bytes) -> tuple[bytes, bytes]:
+    """Split `data` after its last whole event; the second part is the beginning of the next.
+
+    An event ends with an empty line, in LF or CRLF. A beginning that grows past
+    `HOLD_BYTES` counts as whole, so that what is held back stays small.
+    """
+    if data.endswith((b"\n\n", b"\r\n\r\n")):
+        return data, b""
+    lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+    end = max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
+    if len(data) - end > HOLD_BYTES:
+        return data, b""
+    return data[:end], data[end:]
+
+
+def comment(text: str) -> bytes:
+    """Return an SSE comment, which every client skips."""
+    return b": " + text.encode() + b"\n\n"

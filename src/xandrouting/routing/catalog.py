@@ -1,0 +1,181 @@
+"""From what a request says to the engine it needs: a look-up, nothing waits here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from xandrouting.core.errors import BackendUnavailable, DeviceUnavailable
+from xandrouting.core.model import Backend, EngineSpec, Footprint, LoadOptions, ModelKey
+from xandrouting.engines.base import EngineAdapter, ModelFacts
+from xandrouting.inventory.model_file import ModelFile, Snapshot
+from xandrouting.proxy.request import Routing
+from xandrouting.routing.names import ModelNames
+
+REMOTE: Final = "remote"
+MAX_ROUTES: Final = 1000  # remembered answers; clients repeat themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes.
+
+    `asked_model` is the name the engine knows the model by. `file` is None for an
+    upstream. `device_fallback` is the device the client asked for and did not get.
+    """
+
+    spec: EngineSpec
+    asked_model: str
+    ttl_s: float | None
+    file: ModelFile | None = None
+    device_fallback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """What engines can run on here, besides the processor."""
+
+    cuda: int = 0  # how many cards
+
+
+class Catalog:
+    """Settings, inventory and adapters, asked together.
+
+    `snapshot` returns the last scan. `upstreams` are addresses by name. `unavailable` says
+    for each backend that cannot serve here why not.
+    """
+
+    def __init__(
+        self,
+        snapshot: Callable[[], Snapshot],
+        adapters: Mapping[Backend, EngineAdapter],
+        *,
+        upstreams: Mapping[str, str],
+        unavailable: Mapping[Backend, str],
+        devices: Devices,
+        device_fallback: bool,
+    ) -> None:
+        self._snapshot = snapshot
+        self._adapters = adapters
+        self._upstreams = upstreams
+        self._unavailable = unavailable
+        self._devices = devices
+        self._device_fallback = device_fallback
+        self._named: Snapshot | None = None
+        self._names = ModelNames(())
+        self._routes: dict[tuple[object, ...], Route] = {}  # of the same snapshot
+
+    def route(self, fields: Routing, *, embeddings: bool = False) -> Route:
+        """Return the route of a request; `embeddings`: the call asks for vectors.
+
+        Raises:
+            GatewayError: the model, backend or device is not to be had; the error says why.
+        """
+        names = self.names()
+        asked = (embeddings, *(getattr(fields, name) for name in Routing.__struct_fields__))
+        route = self._routes.get(asked)
+        if route is None:
+            route = self._upstream_route(fields) or self._local_route(fields, names, embeddings)
+            if len(self._routes) >= MAX_ROUTES:
+                self._routes.clear()
+            self._routes[asked] = route
+        return route
+
+    def _local_route(self, fields: Routing, names: ModelNames, embeddings: bool) -> Route:
+        file = names.resolve(fields.model)
+        backend = self._backend(fields.backend or "auto", file)
+        device, fallback = self._device(fields.device or "auto")
+        adapter = self._adapters[backend]
+        facts = facts_of(file)
+        wants = LoadOptions(
+            n_ctx=fields.n_ctx,
+            n_gpu_layers=fields.n_gpu_layers,
+            n_parallel=fields.n_parallel,
+            gpu_memory_utilization=fields.gpu_memory_utilization,
+            max_model_len=fields.max_model_len,
+            embeddings=embeddings or None,
+        )
+        spec = EngineSpec(
+            ModelKey(file.id, backend, device),
+            source=str(file.path),
+            wants=adapter.settle(wants, facts, device),
+            defaults=adapter.defaults(facts, device),
+            footprint=Footprint(host_bytes=file.size_bytes),
+            revision=file.revision,
+            mmproj=None if file.mmproj is None else str(file.mmproj),
+        )
+        return Route(spec, file.id, fields.ttl, file, fallback)
+
+    def devices_meant(self, asked: str | None) -> frozenset[str] | None:
+        """Return the devices an unload by `asked` means; None: any.
+
+        A request for `cuda` that fell back runs on `cpu`; unloading it by `cuda` finds it.
+        """
+        if asked is None or asked == "auto":
+            return None
+        return frozenset((asked, self._device(asked)[0]))
+
+    def names(self) -> ModelNames:
+        """Return the names of the last scan's models."""
+        snapshot = self._snapshot()
+        if snapshot is not self._named:
+            self._named = snapshot
+            self._routes.clear()
+            self._names = ModelNames(snapshot.models, escaping=snapshot.escaping)
+        return self._names
+
+    def _upstream_route(self, fields: Routing) -> Route | None:
+        model = fields.model
+        if fields.backend == "ollama" and not model.startswith("ollama/"):
+            model = f"ollama/{model}"
+        name, slash, rest = model.partition("/")
+        url = self._upstreams.get(name)
+        if url is None or not slash or not rest:
+            return None
+        key = ModelKey(name, Backend.UPSTREAM, REMOTE)
+        return Route(EngineSpec(key, url, footprint=Footprint(engines=0)), rest, ttl_s=0)
+
+    def _backend(self, asked: str, file: ModelFile) -> Backend:
+        backend = Backend.LLAMACPP if asked == "auto" else Backend(asked)
+        reason = self._unavailable.get(backend)
+        if reason is None and backend is not Backend.LLAMACPP:
+            reason = "it does not serve GGUF files"
+        if reason is not None:
+            raise BackendUnavailable(
+                f"The backend {backend} cannot serve {file.id}: {reason}. "
+                "Leave `backend` out to let the server choose.",
+                param="backend",
+            )
+        return backend
+
+    def _device(self, asked: str) -> tuple[str, str | None]:
+        """Return the device to use, and the one asked for if that is another."""
+        cards = self._devices.cuda
+        if asked == "auto":
+            return ("cuda" if cards else "cpu"), None
+        if asked == "cpu" or (asked == "cuda" and cards):
+            return asked, None
+        if asked.startswith("cuda:") and int(asked.removeprefix("cuda:")) < cards:
+            return asked, None
+        if self._device_fallback:
+            return "cpu", asked
+        have = f"it has cuda:0 to cuda:{cards - 1}" if cards else "no GPU is usable"
+        raise DeviceUnavailable(
+            f"There is no device {asked} on this machine: {have}. "
+            'Ask for `"device": "cpu"`, or switch device_fallback on.',
+            param="device",
+        )
+
+
+def facts_of(file: ModelFile) -> ModelFacts:
+    """Return what an adapter may know of a model file."""
+    header = file.header
+    if header is None:
+        return ModelFacts(file.size_bytes)
+    return ModelFacts(
+        file.size_bytes,
+        context_length=header.context_length,
+        layers=header.block_count,
+        pooling=bool(header.pooling_type),
+    )

@@ -1,0 +1,180 @@
+"""Every setting, read once: flags, then the environment, then the default.
+
+Each is a flag (`--max-loaded 3`) and an environment variable (`XANDROUTING_MAX_LOADED=3`);
+a few names are accepted without the prefix too.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    ByteSize,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+BARE_NAMES: Final = ("host", "port", "models_dir", "default_ttl", "cors_origins")
+
+Names = Annotated[tuple[str, ...], NoDecode]
+Pairs = Annotated[dict[str, str], NoDecode]
+
+
+def default_models_dir() -> Path:
+    """Return `./models` in a checkout, else the user's data directory's."""
+    here = Path.cwd()
+    is_checkout = (here / "src" / "xandrouting").is_dir()
+    return here / "models" if is_checkout else default_data_dir() / "models"
+
+
+def default_data_dir() -> Path:
+    """Return the user's data directory for this program."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "xandrouting"
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "xandrouting"
+
+
+class Settings(BaseSettings):
+    """Every default is safe on a laptop; every duration is in seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="XANDROUTING_",
+        frozen=True,
+        extra="forbid",
+        cli_prog_name="xandrouting serve",
+        cli_kebab_case=True,
+        cli_implicit_flags="toggle",
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0: a free one")
+    models_dir: Path = Field(
+        default_factory=default_models_dir,
+        description="where the models lie; default: ./models in a checkout",
+    )
+    data_dir: Path = Field(
+        default_factory=default_data_dir,
+        description="what the server remembers; default: the user's data directory",
+    )
+    api_key: SecretStr | None = Field(None, description="the key clients must send")
+    no_auth: bool = Field(False, description="serve other machines without a key")
+    allowed_hosts: Names = Field((), description="host names it goes by, besides localhost")
+    cors_origins: Names = Field((), description="origins whose web pages may use it; * for all")
+
+    default_ttl: NonNegativeFloat = Field(
+        300.0, description="idle seconds until an engine is unloaded; 0: never"
+    )
+    max_loaded: PositiveInt | None = Field(3, description="engines loaded at once")
+    max_queue: PositiveInt = Field(1000, description="requests that may wait for an engine")
+    max_load_wait_s: PositiveFloat = Field(600.0, description="how long a request waits for one")
+    load_stall_s: PositiveFloat = Field(
+        120.0, description="a load in which nothing moves for so long has failed"
+    )
+    keepalive_after_s: PositiveFloat = Field(
+        10.0, description="a stream that waits longer gets its headers and comments"
+    )
+    fair_wait_s: PositiveFloat = Field(
+        5.0, description="the first in the queue waits so long before a busy engine drains for it"
+    )
+    shutdown_grace_s: NonNegativeFloat = Field(
+        30.0, description="how long running requests may end at SIGTERM"
+    )
+    max_body_bytes: ByteSize = Field(ByteSize(64 << 20), description="largest request body")
+    device_fallback: bool = Field(
+        True, description="use the cpu where the device asked for is missing"
+    )
+    upstreams: Pairs = Field(
+        default_factory=dict, description="other servers by name: name=http://host:port,…"
+    )
+    upstream_keys: Pairs = Field(
+        default_factory=dict, description="their keys: name=key,…", repr=False
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("allowed_hosts", "cors_origins", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @field_validator("upstreams", "upstream_keys", mode="before")
+    @classmethod
+    def _split_pairs(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        pairs = [pair.strip().partition("=") for pair in value.split(",") if pair.strip()]
+        if not all(name.strip() and equals and rest.strip() for name, equals, rest in pairs):
+            raise ValueError("write name=value, several with commas between them")
+        return {name.strip(): rest.strip() for name, _, rest in pairs}
+
+    @field_validator("upstreams")
+    @classmethod
+    def _are_addresses(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, url in value.items():
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"the address of upstream {name} begins with http:// or https://")
+            if "/" in name or name == "models":
+                raise ValueError(f"{name!r} cannot be an upstream's name")
+        return value
+
+    @model_validator(mode="after")
+    def _no_open_door(self) -> Self:
+        if self.api_key is None and not self.no_auth and not self.is_loopback:
+            raise ValueError(
+                f"host {self.host} is reachable from outside: set an API key, or say --no-auth"
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - no .env is read
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - nor secret files
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read names with the prefix before names without it."""
+        return init_settings, env_settings, _BareNames(settings_cls)
+
+
+class _BareNames(PydanticBaseSettingsSource):
+    """The environment variables that are accepted without the prefix."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+        value = os.environ.get(field_name.upper()) if field_name in BARE_NAMES else None
+        return value, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        values = {name: os.environ.get(name.upper()) for name in BARE_NAMES}
+        return {name: value for name, value in values.items() if value}
