@@ -260,6 +260,7 @@ async def serve(settings: Settings, listener: Listener, on_ready: Callable[[Gate
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=5,
                 backlog=4096,

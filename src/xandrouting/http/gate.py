@@ -10,6 +10,7 @@ from typing import Final
 from xandrouting.core.errors import Forbidden, Unauthorized
 
 OPEN_PATHS: Final = frozenset(("/", "/health", "/docs", "/openapi.json"))
+MAX_KNOWN_HOSTS: Final = 100
 _SAFE_METHODS: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
@@ -32,6 +33,7 @@ class Gate:
         self._key = None if api_key is None else _digest(api_key.encode())
         self._check_host = check_host and api_key is None
         self._hosts = frozenset(host.lower() for host in hosts)
+        self._known_hosts: set[bytes] = set()  # Host headers found to be ours
         self._origins = frozenset(origin.lower().encode() for origin in origins)
 
     def check(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
@@ -52,7 +54,7 @@ class Gate:
                 key = key or value
             elif name == b"origin":
                 origin = value.lower()
-        if self._check_host and not self._is_ours(host):
+        if self._check_host and host not in self._known_hosts and not self._is_ours(host):
             raise Forbidden(
                 "This server does not go by that host name. "
                 "Use localhost or an address, or add the name to allowed_hosts."
@@ -65,7 +67,14 @@ class Gate:
             )
 
     def _is_ours(self, host: bytes) -> bool:
-        name = host.decode("latin-1").lower()
+        if len(self._known_hosts) >= MAX_KNOWN_HOSTS:
+            self._known_hosts.clear()
+        if self._names_us(host.decode("latin-1").lower()):
+            self._known_hosts.add(host)
+            return True
+        return False
+
+    def _names_us(self, name: str) -> bool:
         name = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
         if name in ("", "localhost") or name.endswith(".localhost") or name in self._hosts:
             return True

@@ -1,0 +1,333 @@
+"""Engines as processes of this machine, each under a guard (see `guard.py`)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Final
+
+import psutil
+
+from xandrouting.core.errors import EngineStartFailed
+from xandrouting.core.model import EngineId, LaunchPlan, MemoryUse
+from xandrouting.launch import guard, sweep
+
+log = logging.getLogger(__name__)
+
+HOST: Final = "127.0.0.1"
+TAIL_LINES: Final = 200
+TAIL_CHARACTERS: Final = 2_000  # of each line
+_LINE_BYTES: Final = 64 * 1024  # of a line that does not end, the rest is dropped
+_LAST_WORDS_S: Final = 1.0  # for the log to end once the tree is gone
+_NEVER_RAN: Final = 127
+
+
+def reserve_port() -> int:
+    """Return a port of 127.0.0.1 that the kernel gives to nobody else for a minute.
+
+    A connection in TIME_WAIT keeps it from being picked for an outgoing connection or for
+    another port 0. Only a listener with SO_REUSEADDR or SO_REUSEPORT may still have it, as
+    every server sets one of them: Python's the first, llama.cpp's the second.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((HOST, 0))
+        listener.listen(1)
+        port: int = listener.getsockname()[1]
+        with socket.create_connection((HOST, port)):
+            accepted, _ = listener.accept()
+            accepted.close()  # who closes first waits
+    return port
+
+
+class EngineLog:
+    """The last lines an engine printed, and whether one of them said that it is ready."""
+
+    def __init__(self, engine: EngineId, ready_line: str | None) -> None:
+        self.printed_bytes = 0
+        self.ready = asyncio.Event()
+        self._engine = engine
+        self._ready_line = ready_line
+        self._lines: deque[str] = deque(maxlen=TAIL_LINES)
+        self._rest = b""
+        if ready_line is None:
+            self.ready.set()
+
+    def feed(self, data: bytes) -> None:
+        """Take what came, lines cut anywhere."""
+        self.printed_bytes += len(data)
+        first, *others = data.split(b"\n")
+        self._rest = (self._rest + first)[:_LINE_BYTES]
+        for piece in others:
+            self._add(self._rest)
+            self._rest = piece[:_LINE_BYTES]
+
+    def close(self) -> None:
+        """Keep the last line even if nothing ended it."""
+        if self._rest:
+            self._add(self._rest)
+        self._rest = b""
+
+    def tail(self) -> Sequence[str]:
+        """Return the last whole lines, oldest first."""
+        return tuple(self._lines)
+
+    def _add(self, raw: bytes) -> None:
+        # As a terminal shows it: a progress bar's last state, not all of them.
+        shown = raw.rstrip(b"\r").rpartition(b"\r")[2]
+        line = shown.decode(errors="replace")[:TAIL_CHARACTERS]
+        self._lines.append(line)
+        log.debug("engine output engine=%s line=%s", self._engine, line)
+        if self._ready_line is not None and line.startswith(self._ready_line):
+            self.ready.set()
+
+
+class _Pipe(asyncio.Protocol):
+    """Hands on what a pipe brings; `closed` when there will be no more."""
+
+    def __init__(self, feed: Callable[[bytes], None]) -> None:
+        self.closed = asyncio.Event()
+        self._feed = feed
+
+    def data_received(self, data: bytes) -> None:
+        self._feed(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's
+        self.closed.set()
+
+
+async def _listen(stack: ExitStack, pipe: IO[bytes] | None, feed: Callable[[bytes], None]) -> _Pipe:
+    connect = asyncio.get_running_loop().connect_read_pipe
+    transport, protocol = await connect(lambda: _Pipe(feed), pipe)
+    stack.callback(transport.close)
+    return protocol
+
+
+class LocalHandle:
+    """One engine and its guard."""
+
+    def __init__(
+        self,
+        engine: EngineId,
+        plan: LaunchPlan,
+        process: subprocess.Popen[bytes],
+        *,
+        port: int,
+        mark: str,
+        run_dir: Path | None,
+    ) -> None:
+        """Watch over a guard just started. Needs a running loop."""
+        self.base_url = f"http://{HOST}:{port}"
+        self.pid: int | None = None
+        self.exit_status: int | None = None
+        self.stop_grace_s = plan.stop_grace_s
+        self._engine = engine
+        assert process.stdin is not None
+        self._stdin = process.stdin
+        self._process = process
+        self._mark = mark
+        self._run_dir = run_dir
+        self._log = EngineLog(engine, plan.ready_line)
+        self._control = b""
+        self._told_status: int | None = None  # as the guard told it; None: it did not live to
+        self._life: sweep.Life | None = None
+        self._record: Path | None = None
+        loop = asyncio.get_running_loop()
+        self._begun: asyncio.Future[str | None] = loop.create_future()  # why it failed, or None
+        self.watch: Final = loop.create_task(self._watch(), name=f"watch {engine}")
+
+    async def begun(self) -> str | None:
+        """Wait until the engine's program runs; return why it never will, or None."""
+        return await asyncio.shield(self._begun)
+
+    async def ready_line(self) -> None:
+        """Wait for a whole line that begins as the plan says; stdout and stderr both count."""
+        await self._log.ready.wait()
+
+    async def exited(self) -> int:
+        """Wait until the tree is gone; -9 where the guard was killed and the tree with it."""
+        return await asyncio.shield(self.watch)
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Tell the guard to end the tree, and wait; of two graces the earlier end counts."""
+        self._tell(f"stop {grace_s:f}\n")
+        await self.exited()
+
+    async def measure(self) -> MemoryUse:
+        """Measure the engine and its descendants in a thread, without the guard."""
+        if self._process.returncode is not None:
+            return MemoryUse(None)  # the guard's pid may be another's by now
+        return MemoryUse(await asyncio.to_thread(_pss_below, self._process.pid))
+
+    def tail(self) -> Sequence[str]:
+        """Return the last lines; complete once `exited` has returned."""
+        return self._log.tail()
+
+    def activity(self) -> int:
+        """Return the bytes printed so far."""
+        return self._log.printed_bytes
+
+    async def _watch(self) -> int:
+        """Listen to the guard until the tree is gone; return the engine's exit status.
+
+        Cancelling (a loop that ends without `aclose`) closes the guard's stdin, and the guard
+        ends the tree by itself.
+        """
+        with ExitStack() as stack:
+            stack.callback(self._begin, "its guard ended early")
+            stack.callback(self._stdin.close)
+            output = await _listen(stack, self._process.stderr, self._log.feed)
+            control = await _listen(stack, self._process.stdout, self._hear)
+            await control.closed.wait()  # only the guard holds its other end: it is gone
+            self.exit_status = await self._settle(output)
+        return self.exit_status
+
+    async def _settle(self, output: _Pipe) -> int:
+        """Reap the guard, end what it could not, take the last words; return the exit status."""
+        guard_status = await asyncio.to_thread(self._process.wait)
+        if self._told_status is None and guard_status != _NEVER_RAN:
+            log.warning("engine guard lost engine=%s status=%d", self._engine, guard_status)
+            await asyncio.to_thread(sweep.end_leftovers, self._mark, self._life)
+        try:
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await output.closed.wait()
+        except TimeoutError:
+            pass  # somebody outside the tree was handed the pipe
+        self._log.close()
+        if self._record is not None:
+            self._record.unlink(missing_ok=True)
+        return guard_status if self._told_status is None else self._told_status
+
+    def _hear(self, data: bytes) -> None:
+        *lines, self._control = (self._control + data).split(b"\n")
+        for line in lines:
+            word, _, rest = line.decode().partition(" ")
+            if word == "pid":
+                self.pid = int(rest)
+                self._remember(self.pid)
+                self._begin(None)
+            elif word == "failed":
+                self._begin(rest)
+            elif word == "exited":
+                self._told_status = int(rest)
+
+    def _begin(self, failure: str | None) -> None:
+        if not self._begun.done():
+            self._begun.set_result(failure)
+
+    def _remember(self, pid: int) -> None:
+        self._life = sweep.Life.of(pid)
+        if self._run_dir is None:
+            return
+        try:
+            self._record = sweep.remember(
+                self._run_dir, self._mark, guard_pid=self._process.pid, engine_pid=pid
+            )
+        except OSError as error:
+            log.warning("engine not remembered engine=%s error=%s", self._engine, error)
+
+    def _tell(self, command: str) -> None:
+        if self._stdin.closed:
+            return  # it has ended
+        try:
+            self._stdin.write(command.encode())
+        except BrokenPipeError:
+            pass  # it is ending
+
+
+class LocalLauncher:
+    """Runs engines on this machine and sees to their end."""
+
+    def __init__(self, run_dir: Path | None = None) -> None:
+        """Remember live engines in `run_dir` for `sweep`; None: do not."""
+        self._run_dir = run_dir
+        self._handles: set[LocalHandle] = set()
+
+    async def start(self, engine: EngineId, plan: LaunchPlan) -> LocalHandle:
+        """Start the engine under a guard and return once its own program runs.
+
+        Cancelled a second time while it kills what it started, it leaves the rest to the
+        guard, which ends the tree all the same.
+
+        Raises:
+            EngineStartFailed: no such program, or no process could be made.
+        """
+        port = reserve_port()
+        mark = secrets.token_hex(16)
+        process = _start_guard(engine, plan, port=port, mark=mark)
+        handle = LocalHandle(engine, plan, process, port=port, mark=mark, run_dir=self._run_dir)
+        self._handles.add(handle)
+        handle.watch.add_done_callback(lambda _: self._handles.discard(handle))
+        try:
+            failure = await handle.begun()
+        except asyncio.CancelledError:
+            await handle.stop(grace_s=0.0)
+            raise
+        if failure is not None:
+            await handle.exited()
+            raise _start_failed(engine, plan, failure)
+        return handle
+
+    async def aclose(self) -> None:
+        """End every engine this launcher started and that still runs, all at once."""
+        stops = (handle.stop(grace_s=handle.stop_grace_s) for handle in self._handles)
+        await asyncio.gather(*stops)
+
+
+def _start_guard(
+    engine: EngineId, plan: LaunchPlan, *, port: int, mark: str
+) -> subprocess.Popen[bytes]:
+    argv = [argument.replace("{port}", str(port)) for argument in plan.argv]
+    env = {name: value.replace("{port}", str(port)) for name, value in plan.env}
+    # A program that renames itself with setproctitle would write over the mark.
+    marks = {sweep.MARK: mark, "SPT_NOENV": "1"}
+    options = ["--grace-s", f"{plan.stop_grace_s:f}"]
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, *options, "--", *argv],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env=os.environ | env | marks,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise _start_failed(engine, plan, error.strerror or "no process could be made") from error
+
+
+def _start_failed(engine: EngineId, plan: LaunchPlan, reason: str) -> EngineStartFailed:
+    return EngineStartFailed(
+        f"The {engine.key.backend} engine could not be started: {reason}. "
+        "See whether it is installed on this machine.",
+        detail=f"engine={engine} program={plan.argv[0]} reason={reason}",
+    )
+
+
+def _pss_below(guard_pid: int) -> int | None:
+    """Add up what the guard's descendants take; None where one of them cannot be read."""
+    try:
+        tree = psutil.Process(guard_pid).children(recursive=True)
+        sizes = [_pss(process) for process in tree]
+    except (psutil.AccessDenied, psutil.NoSuchProcess):
+        return None
+    return sum(sizes) if sizes else None
+
+
+def _pss(process: psutil.Process) -> int:
+    """Return one process's share; 0 if it ended meanwhile. Where PSS is unknown, its own pages."""
+    try:
+        memory = process.memory_full_info()
+    except psutil.NoSuchProcess:
+        return 0
+    return int(getattr(memory, "pss", memory.uss))

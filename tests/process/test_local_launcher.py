@@ -1,0 +1,355 @@
+"""Real engines on this machine, on both event loops where the loop may matter."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import uvloop
+
+from tests.fakes.processes import ENGINE, READY_LINE, all_gone, fake_plan, tree_below
+from tests.waiting import async_wait_for, wait_for
+from xandrouting.core.errors import EngineStartFailed
+from xandrouting.core.model import LaunchPlan
+from xandrouting.launch.base import Handle
+from xandrouting.launch.local import LocalLauncher, reserve_port
+
+STUBBORN = ("--ignore-sigterm", "--with-child")
+
+
+@pytest.fixture
+async def launcher() -> AsyncIterator[LocalLauncher]:
+    launcher = LocalLauncher()
+    yield launcher
+    await launcher.aclose()
+
+
+def shell(script: str) -> LaunchPlan:
+    return LaunchPlan(argv=("sh", "-c", script))
+
+
+async def ready(launcher: LocalLauncher, *options: str) -> tuple[Handle, list[psutil.Process]]:
+    """Start a fake engine, wait until it is ready; return it and its guard's whole tree."""
+    handle = await launcher.start(ENGINE, fake_plan(*options))
+    async with asyncio.timeout(10):
+        await handle.ready_line()
+    assert handle.pid is not None
+    guard = psutil.Process(handle.pid).parent()
+    assert guard
+    return handle, [guard, *tree_below(guard.pid)]
+
+
+def our_children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+async def test_the_engine_answers_at_its_base_url(launcher: LocalLauncher) -> None:
+    handle, _ = await ready(launcher)
+
+    def health() -> int:
+        with urllib.request.urlopen(f"{handle.base_url}/health") as response:
+            return int(response.status)
+
+    assert await asyncio.to_thread(health) == 200
+
+
+async def test_port_and_environment_reach_the_engine(launcher: LocalLauncher) -> None:
+    plan = replace(
+        shell('echo "$0 $WHERE {not a format}"; env | grep -c ^PATH='),
+        env=(("WHERE", "on {port}"),),
+    )
+    plan = replace(plan, argv=(*plan.argv, "at {port}"))
+    handle = await launcher.start(ENGINE, plan)
+    assert await handle.exited() == 0
+    port = handle.base_url.removeprefix("http://127.0.0.1:")
+    assert list(handle.tail()) == [f"at {port} on {port} {{not a format}}", "1"]
+
+
+async def test_an_engine_that_exits_at_once_leaves_its_words(launcher: LocalLauncher) -> None:
+    plan = fake_plan("--exit", "4", "--say", "error: bad magic")
+    handle = await launcher.start(ENGINE, plan)
+    assert await handle.exited() == 4
+    assert handle.exit_status == 4
+    assert list(handle.tail()) == ["error: bad magic"]
+
+
+async def test_no_such_program_is_told_without_its_path(launcher: LocalLauncher) -> None:
+    before = our_children()
+    with pytest.raises(EngineStartFailed) as caught:
+        await launcher.start(ENGINE, LaunchPlan(argv=("/opt/secret/llama-server", "--key", "k")))
+    assert "No such file or directory" in caught.value.message
+    assert "secret" not in caught.value.message
+    assert "/opt/secret/llama-server" in caught.value.detail
+    assert our_children() == before
+
+
+async def test_stop_ends_a_deaf_tree(launcher: LocalLauncher) -> None:
+    handle, tree = await ready(launcher, *STUBBORN)
+    assert len(tree) == 3
+    async with asyncio.timeout(2):
+        await handle.stop(grace_s=0.2)
+    assert all_gone(tree)()
+    assert handle.exit_status == -signal.SIGKILL
+
+
+async def test_a_shorter_grace_hurries_a_stop(launcher: LocalLauncher) -> None:
+    handle, tree = await ready(launcher, *STUBBORN)
+    patient = asyncio.create_task(handle.stop(grace_s=60))
+    await asyncio.sleep(0)  # it has begun
+    async with asyncio.timeout(2):
+        await handle.stop(grace_s=0)
+        await patient
+    assert all_gone(tree)()
+
+
+async def test_two_stops_begun_in_one_go_are_both_heard(launcher: LocalLauncher) -> None:
+    handle, _ = await ready(launcher)
+    await asyncio.gather(handle.stop(grace_s=9), handle.stop(grace_s=9))
+    await handle.stop(grace_s=9)
+    assert handle.exit_status == 0
+
+
+async def test_cancelling_a_start_leaves_nothing(launcher: LocalLauncher) -> None:
+    before = our_children()
+    starting = asyncio.create_task(launcher.start(ENGINE, fake_plan(*STUBBORN)))
+    await async_wait_for(lambda: our_children() != before)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert our_children() == before
+
+
+async def test_a_start_cancelled_before_it_began_starts_nothing(launcher: LocalLauncher) -> None:
+    before = our_children()
+    starting = asyncio.create_task(launcher.start(ENGINE, fake_plan()))
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert our_children() == before
+
+
+async def test_a_killed_guard_leaves_nothing(launcher: LocalLauncher) -> None:
+    """The kernel ends the engine; the launcher finds its child in another session."""
+    handle, tree = await ready(launcher, *STUBBORN)
+    tree[0].kill()
+    async with asyncio.timeout(2):
+        assert await handle.exited() == -signal.SIGKILL
+    assert all_gone(tree)()
+
+
+async def test_a_guard_killed_before_its_first_word_fails_the_start(
+    launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "guard.py"
+    killed.write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr("xandrouting.launch.guard.__file__", str(killed))
+    before = our_children()
+    with pytest.raises(EngineStartFailed, match="its guard ended early"):
+        await launcher.start(ENGINE, fake_plan())
+    assert our_children() == before
+
+
+async def test_a_pipe_kept_open_elsewhere_delays_the_exit_only_a_little(
+    launcher: LocalLauncher,
+) -> None:
+    """A process outside the tree may have been handed the log: its end is not waited for."""
+    handle = await launcher.start(ENGINE, shell("echo $$; exec sleep 60"))
+    await async_wait_for(handle.tail)
+    opener = ["sh", "-c", f"exec 3>/proc/{handle.pid}/fd/2; echo; exec sleep 60"]
+    with subprocess.Popen(opener, stdout=subprocess.PIPE) as outsider:
+        assert outsider.stdout
+        await asyncio.to_thread(outsider.stdout.readline)
+        async with asyncio.timeout(3):
+            await handle.stop(grace_s=1)
+        outsider.kill()
+
+
+async def test_a_megabyte_without_a_newline_neither_blocks_nor_stays(
+    launcher: LocalLauncher,
+) -> None:
+    handle, _ = await ready(launcher, "--big-stderr")
+    tail = handle.tail()
+    assert handle.activity() == 1024 * 1024 + 1 + len(READY_LINE) + 1
+    assert len(tail) == 200
+    assert list(tail[-3:]) == ["x" * 63, "y" * 2000, READY_LINE]
+
+
+async def test_lines_are_shown_as_a_terminal_would(launcher: LocalLauncher) -> None:
+    script = r"printf 'crlf\r\n10%%\r20%%\r30%%\n\377\n\nno newline'"
+    handle = await launcher.start(ENGINE, shell(script))
+    await handle.exited()
+    assert list(handle.tail()) == ["crlf", "30%", "�", "", "no newline"]
+
+
+async def test_the_ready_line_is_the_beginning_of_a_line(launcher: LocalLauncher) -> None:
+    script = "echo not listening; read go < $0; echo listening on 1; exec sleep 60"
+    plan = replace(shell(script), ready_line="listening")
+    go = Path(f"/proc/{os.getpid()}/fd")
+    readable, writable = os.pipe()
+    handle = await launcher.start(ENGINE, replace(plan, argv=(*plan.argv, f"{go}/{readable}")))
+    waiting = asyncio.create_task(handle.ready_line())
+    await async_wait_for(handle.tail)
+    assert not waiting.done()
+    os.write(writable, b"go\n")
+    async with asyncio.timeout(5):
+        await waiting
+    os.close(readable)
+    os.close(writable)
+
+
+async def test_the_log_gets_the_output_at_debug_only(
+    launcher: LocalLauncher, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "xandrouting")
+    handle = await launcher.start(ENGINE, shell("echo hello"))
+    await handle.exited()
+    records = [record for record in caplog.records if "hello" in record.getMessage()]
+    assert [record.levelno for record in records] == [logging.DEBUG]
+    assert f"engine={ENGINE}" in records[0].getMessage()
+
+
+async def test_measure_is_the_share_of_the_tree_without_the_guard(
+    launcher: LocalLauncher,
+) -> None:
+    handle, (_, *tree) = await ready(launcher, "--with-child")
+    use = await handle.measure()
+    assert use.device_bytes is None
+    assert use.host_bytes == pytest.approx(
+        sum(process.memory_full_info().pss for process in tree), rel=0.1
+    )
+
+
+async def test_measure_after_the_end_tells_nothing(launcher: LocalLauncher) -> None:
+    handle = await launcher.start(ENGINE, shell("exit 0"))
+    await handle.exited()
+    assert (await handle.measure()).host_bytes is None
+
+
+async def test_the_remedy_for_a_full_run_dir_is_not_a_dead_engine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_the_way = tmp_path / "run"
+    in_the_way.write_text("a file where the folder should be")
+    launcher = LocalLauncher(run_dir=in_the_way)
+    await ready(launcher)
+    await launcher.aclose()
+    assert "engine not remembered" in caplog.text
+
+
+async def test_aclose_ends_all_engines_at_once() -> None:
+    launcher = LocalLauncher()
+    trees = [(await ready(launcher, *STUBBORN))[1] for _ in range(3)]
+    async with asyncio.timeout(2.5):  # each takes its second of grace
+        await launcher.aclose()
+    assert all(all_gone(tree)() for tree in trees)
+
+
+def test_a_reserved_port_is_only_for_a_server() -> None:
+    port = reserve_port()
+    with socket.socket() as plain, pytest.raises(OSError, match="in use"):
+        plain.bind(("127.0.0.1", port))
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, option, 1)
+            server.bind(("127.0.0.1", port))
+            server.listen()
+
+
+def test_no_two_engines_get_one_port() -> None:
+    ports = [reserve_port() for _ in range(300)]
+    assert len(set(ports)) == len(ports)
+
+
+async def a_whole_life() -> None:
+    launcher = LocalLauncher()
+    handle, tree = await ready(launcher, *STUBBORN)
+    assert (await handle.measure()).host_bytes
+    await handle.stop(grace_s=0.1)
+    assert all_gone(tree)()
+    assert handle.tail()[-1] == READY_LINE
+
+
+async def a_cancelled_start() -> None:
+    launcher = LocalLauncher()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.001):
+            await launcher.start(ENGINE, fake_plan(*STUBBORN))
+    assert not our_children()
+
+
+async def a_failing_start() -> None:
+    with pytest.raises(EngineStartFailed):
+        await LocalLauncher().start(ENGINE, LaunchPlan(argv=("/no/such/program",)))
+
+
+async def a_killed_guard() -> None:
+    handle, tree = await ready(LocalLauncher(), *STUBBORN)
+    tree[0].kill()
+    await handle.exited()
+    assert all_gone(tree)()
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize(
+    "scenario", [a_whole_life, a_cancelled_start, a_failing_start, a_killed_guard]
+)
+def test_on_either_loop(
+    scenario: Callable[[], Coroutine[None, None, None]],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(scenario())
+
+
+GATEWAY = """
+import asyncio, sys
+from tests.fakes.processes import ENGINE, fake_plan
+from xandrouting.launch.local import LocalLauncher
+
+async def main():
+    launcher = LocalLauncher()
+    handle = await launcher.start(ENGINE, fake_plan("--ignore-sigterm", "--with-child"))
+    await handle.ready_line()
+    print("ready", flush=True)
+    if sys.argv[1] == "waits":
+        await handle.exited()
+
+asyncio.run(main())
+"""
+
+
+def gateway(what: str) -> subprocess.Popen[bytes]:
+    """Start a process that starts a deaf engine, and then waits or returns without a goodbye."""
+    command = [sys.executable, "-c", GATEWAY, what]
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+
+
+def test_a_gateway_killed_outright_leaves_nothing() -> None:
+    with gateway("waits") as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == b"ready\n"
+        tree = tree_below(parent.pid)
+        assert len(tree) == 3
+        parent.kill()
+        wait_for(all_gone(tree), 2.0)
+
+
+def test_a_gateway_that_forgets_to_close_leaves_nothing() -> None:
+    with gateway("returns") as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == b"ready\n"
+        tree = tree_below(parent.pid)
+        assert parent.wait(10) == 0
+        wait_for(all_gone(tree), 2.0)

@@ -1,0 +1,443 @@
+"""The scheduler's promises, under random orders of everything that can happen to it.
+
+The machine below keeps its own picture of the world, drawn from the effects only, and never
+asks the scheduler what it meant. `XANDROUTING_MACHINE_EXAMPLES` sets how many worlds it tries.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from tests.unit.scheduling import LLAMA, MISTRAL, QWEN, UPSTREAM, make_scheduler, model
+from xandrouting.core.cover import covers
+from xandrouting.core.engine_state import EngineState
+from xandrouting.core.errors import EngineStartFailed
+from xandrouting.core.model import EngineId, EngineSpec, LoadOptions, ModelKey, Ticket
+from xandrouting.core.scheduler import (
+    Acquire,
+    Effect,
+    EngineExited,
+    EngineReady,
+    Event,
+    Grant,
+    Refuse,
+    Release,
+    Shutdown,
+    Start,
+    Stop,
+    Tick,
+    Unload,
+)
+
+EXAMPLES = int(os.environ.get("XANDROUTING_MACHINE_EXAMPLES", "30"))
+pytestmark = pytest.mark.timeout(60 + EXAMPLES // 10)  # seconds; a world takes about 15 ms
+
+GIANT = model("giant", engines=2)  # takes the room of two
+MODELS = (QWEN, LLAMA, MISTRAL, UPSTREAM, GIANT)
+WISHES = (
+    LoadOptions(),
+    LoadOptions(n_ctx=4096),
+    LoadOptions(n_ctx=8192, n_gpu_layers=0),
+    LoadOptions(n_gpu_layers=20),
+    LoadOptions(embeddings=True),
+)
+
+
+@dataclass(slots=True)
+class Life:
+    """One engine, as the effects and our own news tell it."""
+
+    id: EngineId
+    spec: EngineSpec
+    options: LoadOptions
+    ready: bool = False
+    stopped: bool = False  # a Stop was sent; the process still lives
+    wished_away: bool = False
+    closed: bool = False  # takes no new lease any more
+    leases: set[Ticket] = field(default_factory=set)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        max_engines=st.sampled_from([2, 1, 3, None]),
+        max_queue=st.sampled_from([None, None, 4]),
+        fair_wait_s=st.sampled_from([0.0, 5.0, 100.0]),
+        default_ttl_s=st.sampled_from([0.0, 7.0, 300.0]),
+        crowded=st.booleans(),
+    )
+    def begin(
+        self,
+        max_engines: int | None,
+        max_queue: int | None,
+        fair_wait_s: float,
+        default_ttl_s: float,
+        crowded: bool,
+    ) -> None:
+        self.scheduler = make_scheduler(
+            max_engines,
+            max_queue=max_queue,
+            fair_wait_s=fair_wait_s,
+            default_ttl_s=default_ttl_s,
+        )
+        self.max_engines = max_engines
+        self.crowded = crowded  # at the end, ready engines are never idle
+        self.now = 0.0
+        self.numbers = count(1)
+        self.shut = False
+        self.live: dict[ModelKey, Life] = {}
+        self.born: dict[ModelKey, int] = {}
+        self.waiting: dict[Ticket, EngineSpec] = {}  # in order of arrival
+        self.granted: dict[Ticket, Life] = {}
+        self.refused: set[Ticket] = set()
+
+    # What can happen.
+
+    @rule(
+        burst=st.lists(
+            st.tuples(st.sampled_from(MODELS), st.sampled_from(WISHES)), min_size=1, max_size=4
+        )
+    )
+    def acquire(self, burst: list[tuple[EngineSpec, LoadOptions]]) -> None:
+        for spec, wants in burst:
+            self._ask(replace(spec, wants=wants))
+
+    @rule(
+        spec=st.sampled_from(MODELS),
+        wants=st.sampled_from(WISHES),
+        revision=st.sampled_from(["", "", "", "new"]),
+        ttl_s=st.sampled_from([None, None, 0.0, 3.0, 60.0]),
+        patience_s=st.sampled_from([None, None, 0.0, 4.0, 30.0]),
+    )
+    def acquire_with_all_it_can_say(
+        self,
+        spec: EngineSpec,
+        wants: LoadOptions,
+        revision: str,
+        ttl_s: float | None,
+        patience_s: float | None,
+    ) -> None:
+        spec = replace(spec, wants=wants, revision=revision)
+        deadline = None if patience_s is None else self.now + patience_s
+        self._ask(spec, ttl_s=ttl_s, deadline=deadline)
+
+    @precondition(lambda self: self.waiting)
+    @rule(pick=st.integers(0, 9))
+    def cancel(self, pick: int) -> None:
+        self._release(_one_of(self.waiting, pick))
+
+    @precondition(lambda self: self.granted)
+    @rule(pick=st.integers(0, 9))
+    def finish(self, pick: int) -> None:
+        self._release(_one_of(self.granted, pick))
+
+    @precondition(lambda self: self.refused)
+    @rule()
+    def take_the_refusal(self) -> None:
+        self._release(min(self.refused))
+
+    @precondition(lambda self: self._lives(ready=False))
+    @rule(pick=st.integers(0, 9))
+    def become_ready(self, pick: int) -> None:
+        self._become_ready(_one_of(self._lives(ready=False), pick))
+
+    @precondition(lambda self: self._lives(ready=False, stopped=False))
+    @rule(pick=st.integers(0, 9), why=st.sampled_from([None, EngineStartFailed("out of memory")]))
+    def fail_to_start(self, pick: int, why: EngineStartFailed | None) -> None:
+        life = _one_of(self._lives(ready=False, stopped=False), pick)
+        self._exit(life, why)
+        assert not self._awaited(life)
+
+    @precondition(lambda self: self._lives(stopped=True))
+    @rule(pick=st.integers(0, 9))
+    def exit_as_told(self, pick: int) -> None:
+        self._exit(_one_of(self._lives(stopped=True), pick))
+
+    @precondition(lambda self: self._lives(ready=True, stopped=False))
+    @rule(pick=st.integers(0, 9))
+    def crash(self, pick: int) -> None:
+        self._exit(_one_of(self._lives(ready=True, stopped=False), pick))
+
+    @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 9), force=st.booleans())
+    def unload(self, pick: int, force: bool) -> None:
+        life = _one_of(list(self.live.values()), pick)
+        life.wished_away = True
+        life.closed |= life.ready or force
+        self._send(Unload(life.id, force))
+        assert life.stopped or (not force and (life.leases or self._awaited(life)))
+
+    @precondition(lambda self: self.born)
+    @rule(pick=st.integers(0, 9), news=st.sampled_from([EngineReady, EngineExited, Unload]))
+    def old_news(self, pick: int, news: type[EngineReady | EngineExited | Unload]) -> None:
+        key = _one_of(self.born, pick)
+        gone = self.born[key] - (key in self.live)
+        assert self._send(news(EngineId(key, gone))) == []
+
+    @rule()
+    def all_goes_well_for_a_while(self) -> None:
+        self._settle()
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 6.0, 70.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def tick(self) -> None:
+        self._tick()
+
+    @precondition(lambda self: self.scheduler.next_wakeup(now=self.now) is not None)
+    @rule()
+    def wake_up(self) -> None:
+        self._wake_up()
+
+    @precondition(lambda self: self.live)
+    @rule(force=st.booleans(), chance=st.integers(0, 15))
+    def shut_down(self, force: bool, chance: int) -> None:
+        if chance == 0 or self.shut:  # seldom the first time: little happens after it
+            self.shut = True
+            self._send(Shutdown(force))
+            assert not self.waiting
+            assert all(life.stopped or (life.leases and not force) for life in self.live.values())
+
+    # What must be true after each of them.
+
+    @invariant()
+    def tickets_are_neither_lost_nor_leaked(self) -> None:
+        assert self.scheduler.queued == len(self.waiting)
+        assert self.scheduler.tickets == (len(self.waiting) + len(self.granted) + len(self.refused))
+        for position, ticket in enumerate(self.waiting):
+            assert self.scheduler.queue_position(ticket) == position
+
+    @invariant()
+    def the_views_tell_what_happened(self) -> None:
+        assert [view.engine for view in self.scheduler.views()] == [
+            life.id for life in self.live.values()
+        ]
+        for view in self.scheduler.views():
+            life = self.live[view.engine.key]
+            assert view.options == life.options
+            assert view.active == len(life.leases)
+            assert view.waiting == sum(s.key == life.id.key for s in self.waiting.values())
+            assert (view.state is EngineState.STOPPING) == life.stopped
+            assert (view.state is EngineState.STARTING) == (not life.ready and not life.stopped)
+            assert (view.idle_since is None) == (
+                view.state is not EngineState.READY or bool(life.leases)
+            )
+            # Nobody drains without a lease to wait for.
+            assert view.state is not EngineState.DRAINING or life.leases
+
+    @invariant()
+    def nobody_waits_for_what_is_there(self) -> None:
+        blocked = False  # somebody earlier waits for room
+        for spec in self.waiting.values():
+            view = self.scheduler.view(spec.key)
+            if view is not None and view.state is EngineState.READY:
+                assert not covers(view.options, spec.wants), "it could be granted"
+                assert blocked, "it could be reloaded"
+            blocked |= view is None
+
+    @invariant()
+    def what_takes_no_room_waits_for_no_room(self) -> None:
+        for spec in self.waiting.values():
+            assert self._counts(spec) or spec.key in self.live
+
+    @invariant()
+    def the_head_waits_only_for_room_and_somebody_makes_it(self) -> None:
+        if self._head() is None:
+            return
+        assert self._lacking() > 0
+        # Who is idle leaves for it, unless enough are leaving already.
+        if any(v.idle_since is not None and self._counts(v.spec) for v in self.scheduler.views()):
+            assert self._lacking(once_gone=self._lives(stopped=True)) <= 0
+
+    # The world's own picture.
+
+    def _ask(
+        self, spec: EngineSpec, *, ttl_s: float | None = None, deadline: float | None = None
+    ) -> Ticket:
+        ticket = Ticket(next(self.numbers))
+        if self.max_engines == 1 and spec.key == GIANT.key:
+            spec = replace(QWEN, wants=spec.wants)  # it would never fit
+        self.waiting[ticket] = spec
+        self._send(Acquire(ticket, spec, ttl_s, deadline))
+        return ticket
+
+    def _release(self, ticket: Ticket) -> None:
+        self.waiting.pop(ticket, None)
+        self.refused.discard(ticket)
+        if ticket in self.granted:
+            self.granted.pop(ticket).leases.discard(ticket)
+        self._send(Release(ticket))
+
+    def _become_ready(self, life: Life) -> None:
+        life.ready = True
+        self._send(EngineReady(life.id))
+        life.closed |= life.wished_away
+
+    def _exit(self, life: Life, why: EngineStartFailed | None = None) -> None:
+        del self.live[life.id.key]
+        self._send(EngineExited(life.id, why))
+
+    def _tick(self) -> None:
+        self._send(Tick())
+        wakeup = self.scheduler.next_wakeup(now=self.now)
+        assert wakeup is None or wakeup > self.now, "the pool would spin"
+
+    def _wake_up(self) -> None:
+        wakeup = self.scheduler.next_wakeup(now=self.now)
+        assert wakeup is not None
+        self.now = max(self.now, wakeup)
+        self._tick()
+
+    def _send(self, event: Event) -> list[Effect]:
+        effects = self.scheduler.handle(event, now=self.now)
+        for effect in effects:
+            match effect:
+                case Start():
+                    self._started(effect)
+                case Stop():
+                    self._stopped(effect, event)
+                case Grant():
+                    self._granted(effect)
+                case Refuse():
+                    del self.waiting[effect.ticket]  # it waited: no Grant and no Refuse before
+                    self.refused.add(effect.ticket)
+        return effects
+
+    def _started(self, effect: Start) -> None:
+        key = effect.engine.key
+        assert not self.shut
+        assert key not in self.live, "its predecessor lives"
+        assert effect.engine.incarnation == self.born.get(key, 0) + 1
+        self.born[key] = effect.engine.incarnation
+        for spec in self.waiting.values():
+            if spec.key == key:
+                assert spec == effect.spec
+                assert covers(effect.options, spec.wants), "not what the first one asked"
+                break
+            assert spec.key in self.live or not self._counts(effect.spec), "past the head"
+        else:
+            raise AssertionError("started for nobody")
+        self.live[key] = Life(effect.engine, effect.spec, effect.options)
+        assert self.max_engines is None or self._counted() <= self.max_engines
+
+    def _stopped(self, effect: Stop, cause: Event) -> None:
+        life = self.live[effect.engine.key]
+        assert life.id == effect.engine
+        by_force = isinstance(cause, Unload | Shutdown) and cause.force
+        assert effect.force == by_force
+        assert by_force or not life.leases
+        assert by_force or not life.stopped, "told twice"
+        assert by_force or life.ready or not self._awaited(life), "somebody waits for it"
+        if effect.reason == "evicted":
+            assert self._counts(life.spec)
+            if not isinstance(cause, Release):  # else it may have drained for one who left since
+                assert self._lacking(once_gone=self._lives(stopped=True)) > 0, "one too many"
+        life.stopped = life.closed = True
+
+    def _granted(self, effect: Grant) -> None:
+        spec = self.waiting.pop(effect.ticket)
+        life = self.live[effect.engine.key]
+        assert life.id == effect.engine
+        assert spec.key == life.id.key
+        assert life.ready
+        assert not life.closed
+        assert covers(life.options, spec.wants)
+        life.leases.add(effect.ticket)
+        self.granted[effect.ticket] = life
+
+    def _lives(self, *, ready: bool | None = None, stopped: bool | None = None) -> list[Life]:
+        return [
+            life
+            for life in self.live.values()
+            if ready in (None, life.ready) and stopped in (None, life.stopped)
+        ]
+
+    def _awaited(self, life: Life) -> bool:
+        return any(spec.key == life.id.key for spec in self.waiting.values())
+
+    def _counts(self, spec: EngineSpec) -> bool:
+        return spec.footprint.engines > 0
+
+    def _counted(self) -> int:
+        return sum(life.spec.footprint.engines for life in self.live.values())
+
+    def _head(self) -> EngineSpec | None:
+        """The first in the queue that has no engine: who waits for room."""
+        return next((s for s in self.waiting.values() if s.key not in self.live), None)
+
+    def _lacking(self, *, once_gone: Sequence[Life] = ()) -> int:
+        """How much room the head lacks; what leaves for its own successor frees none."""
+        head = self._head()
+        assert head is not None
+        assert self.max_engines is not None
+        keys = [spec.key for spec in self.waiting.values()]
+        promised = keys[: keys.index(head.key)]
+        freed = sum(e.spec.footprint.engines for e in once_gone if e.id.key not in promised)
+        return self._counted() - freed + head.footprint.engines - self.max_engines
+
+    # A fair world: whatever was asked for happens, and time goes on.
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return  # the first step failed
+        for spec in MODELS:
+            self._ask(spec)
+        patient = set(self.waiting)
+        # One wait, one stop, one start and one turn for each who waits, with time to spare.
+        for _ in range(12 * (len(patient) + 1)):
+            if not patient & self.waiting.keys():
+                break
+            self._one_round()
+        assert not patient & self.waiting.keys(), "starved"
+        for ticket in [*self.waiting, *self.granted, *self.refused]:
+            self._release(ticket)
+        assert self.scheduler.tickets == self.scheduler.queued == 0
+
+    def _one_round(self) -> None:
+        self._settle(crowded=self.crowded)
+        if self.scheduler.next_wakeup(now=self.now) is not None:
+            self._wake_up()
+
+    def _settle(self, *, crowded: bool = False) -> None:
+        """Let every stop, start and request that is under way come to its end."""
+        for life in self._lives(stopped=True):
+            self._exit(life)
+        for life in self._lives(ready=False, stopped=False):
+            self._become_ready(life)
+        leaving = [*self.granted, *self.refused]
+        if crowded:
+            for life in self._lives(ready=True, stopped=False):
+                newcomer = self._ask(replace(life.spec, wants=LoadOptions()))
+                if newcomer in self.waiting:
+                    self._release(newcomer)
+        for ticket in leaving:
+            self._release(ticket)
+
+
+def _one_of(things, pick):
+    things = list(things)
+    return things[pick % len(things)]
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
