@@ -7,6 +7,7 @@ from typing import Any
 
 from xandrouting.core.cover import fill
 from xandrouting.core.errors import GatewayError
+from xandrouting.core.events import Acquire, EngineReady, Refuse, Release, Start
 from xandrouting.core.ledger import Ledger
 from xandrouting.core.model import (
     Backend,
@@ -17,7 +18,7 @@ from xandrouting.core.model import (
     ModelKey,
     Ticket,
 )
-from xandrouting.core.scheduler import Acquire, EngineReady, Refuse, Release, Scheduler, Start
+from xandrouting.core.scheduler import Scheduler
 
 
 def model(name: str, *, engines: int = 1, defaults: LoadOptions | None = None) -> EngineSpec:

@@ -16,15 +16,7 @@ from xandrouting.core.errors import (
     InvalidRequest,
     QueueTimeout,
 )
-from xandrouting.core.scheduler import (
-    Acquire,
-    Effect,
-    EngineExited,
-    Refuse,
-    Shutdown,
-    Tick,
-    Unload,
-)
+from xandrouting.core.events import Acquire, Effect, EngineExited, Refuse, Shutdown, Tick, Unload
 
 
 def _family(error: type[GatewayError]) -> Iterator[type[GatewayError]]:

@@ -41,20 +41,19 @@ from xandrouting.core.errors import (
     QueueTimeout,
     ShuttingDown,
 )
-from xandrouting.core.model import LoadOptions, Ticket
-from xandrouting.core.scheduler import (
+from xandrouting.core.events import (
     Acquire,
     EngineExited,
     EngineReady,
-    EngineView,
     Grant,
     Release,
-    Scheduler,
     Shutdown,
     Stop,
     Tick,
     Unload,
 )
+from xandrouting.core.model import LoadOptions, Ticket
+from xandrouting.core.scheduler import EngineView, Scheduler
 
 # Loading on demand, and hits.
 
@@ -635,6 +634,28 @@ def test_a_failure_is_not_held_against_another_revision() -> None:
     assert scheduler.handle(Acquire(B, mended), now=0.6) == [
         Refused(B, EngineStartFailed, retry_after_s=1.0)  # its first failure, not the second
     ]
+
+
+def test_a_failure_is_not_held_against_other_options() -> None:
+    scheduler = make_scheduler(backoff_first_s=1.0)
+    huge = asking(QWEN, n_ctx=10_000_000)
+    scheduler.handle(Acquire(A, huge), now=0.0)
+    scheduler.handle(EngineExited(QWEN_1, EngineStartFailed("too large")), now=0.25)
+    assert scheduler.handle(Acquire(B, QWEN), now=0.25) == [start(QWEN, 2)]
+    scheduler.handle(EngineReady(QWEN_2), now=0.5)
+    # The running engine is not given up for options that failed a moment ago.
+    assert scheduler.handle(Acquire(C, huge), now=0.5) == [
+        Refused(C, EngineStartFailed, retry_after_s=0.75)
+    ]
+    assert scheduler.failure(QWEN.key.model, "") is None
+
+
+def test_a_replaced_file_is_loaded_anew() -> None:
+    scheduler = idle_qwen(since=0.0)
+    replaced = replace(QWEN, revision="newer")
+    assert scheduler.handle(Acquire(A, replaced), now=1.0) == [Stop(QWEN_1, "options")]
+    assert scheduler.handle(EngineExited(QWEN_1), now=2.0) == [start(replaced, 2)]
+    assert scheduler.handle(EngineReady(QWEN_2), now=3.0) == [Grant(A, QWEN_2)]
 
 
 def test_a_start_that_was_stopped_is_no_failure() -> None:

@@ -26,8 +26,7 @@ from tests.unit.scheduling import LLAMA, MISTRAL, QWEN, UPSTREAM, make_scheduler
 from xandrouting.core.cover import covers
 from xandrouting.core.engine_state import EngineState
 from xandrouting.core.errors import EngineStartFailed
-from xandrouting.core.model import EngineId, EngineSpec, LoadOptions, ModelKey, Ticket
-from xandrouting.core.scheduler import (
+from xandrouting.core.events import (
     Acquire,
     Effect,
     EngineExited,
@@ -42,6 +41,7 @@ from xandrouting.core.scheduler import (
     Tick,
     Unload,
 )
+from xandrouting.core.model import EngineId, EngineSpec, LoadOptions, ModelKey, Ticket
 
 EXAMPLES = int(os.environ.get("XANDROUTING_MACHINE_EXAMPLES", "30"))
 pytestmark = pytest.mark.timeout(60 + EXAMPLES // 10)  # seconds; a world takes about 15 ms
@@ -69,6 +69,11 @@ class Life:
     wished_away: bool = False
     closed: bool = False  # takes no new lease any more
     leases: set[Ticket] = field(default_factory=set)
+
+
+def serves(running: EngineSpec, options: LoadOptions, asked: EngineSpec) -> bool:
+    """Whether an engine does for a request: the same file, and options that cover it."""
+    return running.revision == asked.revision and covers(options, asked.wants)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -246,7 +251,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for spec in self.waiting.values():
             view = self.scheduler.view(spec.key)
             if view is not None and view.state is EngineState.READY:
-                assert not covers(view.options, spec.wants), "it could be granted"
+                assert not serves(view.spec, view.options, spec), "it could be granted"
                 assert blocked, "it could be reloaded"
             blocked |= view is None
 
@@ -356,7 +361,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert spec.key == life.id.key
         assert life.ready
         assert not life.closed
-        assert covers(life.options, spec.wants)
+        assert serves(life.spec, life.options, spec)
         life.leases.add(effect.ticket)
         self.granted[effect.ticket] = life
 

@@ -17,117 +17,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias, assert_never
+from typing import assert_never
 
+from xandrouting.core import refusals
+from xandrouting.core.backoff import Backoffs
 from xandrouting.core.cover import covers, fill, union
 from xandrouting.core.engine_state import EngineEvent, EngineState, step
-from xandrouting.core.errors import (
-    EngineStartFailed,
-    EngineUnloaded,
-    GatewayError,
-    LoadingTimeout,
-    QueueFull,
-    QueueTimeout,
-    ShuttingDown,
+from xandrouting.core.errors import GatewayError
+from xandrouting.core.events import (
+    Acquire,
+    Effect,
+    EngineExited,
+    EngineReady,
+    Event,
+    Grant,
+    Refuse,
+    Release,
+    Shutdown,
+    Start,
+    Stop,
+    Tick,
+    Unload,
 )
 from xandrouting.core.eviction import Candidate, cheapest_first
 from xandrouting.core.ledger import Ledger
 from xandrouting.core.model import EngineId, EngineSpec, Footprint, LoadOptions, ModelKey, Ticket
-
-
-@dataclass(frozen=True, slots=True)
-class Acquire:
-    """A request wants an engine. `ttl_s` None: it does not say; 0: never unload when idle.
-
-    `deadline` is when it gives up waiting; None: it waits for as long as it takes.
-    """
-
-    ticket: Ticket
-    spec: EngineSpec
-    ttl_s: float | None = None
-    deadline: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """The end of a ticket: served, refused, or its client left."""
-
-    ticket: Ticket
-
-
-@dataclass(frozen=True, slots=True)
-class EngineReady:
-    """The engine's probe passed."""
-
-    engine: EngineId
-
-
-@dataclass(frozen=True, slots=True)
-class EngineExited:
-    """The engine's process tree is gone. `failure` says why it never became ready."""
-
-    engine: EngineId
-    failure: GatewayError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Unload:
-    """Somebody wishes the engine gone: after its leases, or with `force` at once."""
-
-    engine: EngineId
-    force: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shutdown:
-    """Take no new work and let every engine go: after its leases, or with `force` at once."""
-
-    force: bool = False
-
-
-Event: TypeAlias = Acquire | Release | EngineReady | EngineExited | Unload | Tick | Shutdown
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Start this engine with these options, all of them settled."""
-
-    engine: EngineId
-    spec: EngineSpec
-    options: LoadOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End this engine; `reason` is `idle`, `evicted`, `options`, `unload` or `shutdown`."""
-
-    engine: EngineId
-    reason: str
-    force: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """The ticket holds a lease on this engine from now on."""
-
-    ticket: Ticket
-    engine: EngineId
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """The ticket gets no engine. It still ends with its `Release`."""
-
-    ticket: Ticket
-    error: GatewayError
-
-
-Effect: TypeAlias = Start | Stop | Grant | Refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +59,7 @@ class EngineView:
 
     def idle_deadline(self) -> float | None:
         """When its idle TTL ends; None while that clock does not run."""
-        if self.idle_since is None or self.ttl_s == 0 or self.state is not EngineState.READY:
-            return None
-        return self.idle_since + self.ttl_s
+        return _idle_deadline(self)
 
 
 @dataclass(slots=True)
@@ -163,11 +75,6 @@ class _Engine:
     last_granted: float = 0.0
     retire: str | None = None  # why it shall leave as soon as those who wait for it were served
 
-    def idle_deadline(self) -> float | None:
-        if self.idle_since is None or self.ttl_s == 0 or self.state is not EngineState.READY:
-            return None
-        return self.idle_since + self.ttl_s
-
 
 @dataclass(frozen=True, slots=True)
 class _Waiter:
@@ -176,19 +83,6 @@ class _Waiter:
     ttl_s: float | None
     deadline: float | None
     arrived_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Backoff:
-    """Why a key's last start failed, and until when nobody tries again."""
-
-    error: GatewayError
-    revision: str
-    failures: int
-    until: float
-
-    def holds(self, revision: str, now: float) -> bool:
-        return self.revision == revision and now < self.until
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +110,11 @@ class Scheduler:
         self._default_ttl_s = default_ttl_s
         self._max_queue = max_queue
         self._fair_wait_s = fair_wait_s
-        self._backoff_first_s = backoff_first_s
-        self._backoff_max_s = backoff_max_s
         self._engines: dict[ModelKey, _Engine] = {}
         self._incarnations: dict[ModelKey, int] = {}
         self._tickets: dict[Ticket, _Engine | None] = {}  # None: queued or refused
         self._queue: dict[Ticket, _Waiter] = {}  # in order of arrival
-        self._backoffs: dict[ModelKey, _Backoff] = {}
+        self._backoffs = Backoffs(first_s=backoff_first_s, max_s=backoff_max_s)
         self._legacies: dict[ModelKey, _Legacy] = {}
         self._closing = False
 
@@ -257,7 +149,7 @@ class Scheduler:
         if blocked is not None and blocked.arrived_at + self._fair_wait_s > now:
             times.append(blocked.arrived_at + self._fair_wait_s)
         for engine in self._engines.values():
-            deadline = engine.idle_deadline()
+            deadline = _idle_deadline(engine)
             if deadline is not None:
                 times.append(deadline)
         return min(times, default=None)
@@ -273,10 +165,7 @@ class Scheduler:
 
     def failure(self, model: str, revision: str) -> GatewayError | None:
         """Return why the last start of this file failed, on any backend or device."""
-        for key, backoff in self._backoffs.items():
-            if key.model == model and backoff.revision == revision:
-                return backoff.error
-        return None
+        return self._backoffs.last(model, revision)
 
     @property
     def queued(self) -> int:
@@ -316,23 +205,18 @@ class Scheduler:
         key = ask.spec.key
         engine = self._engines.get(key)
         if self._closing:
-            effects.append(Refuse(ask.ticket, _shutting_down()))
+            effects.append(Refuse(ask.ticket, refusals.shutting_down()))
             return
-        if (
-            engine is not None
-            and engine.state is EngineState.READY
-            and covers(engine.options, ask.spec.wants)
-        ):
+        if engine is not None and _serves(engine, ask.spec):
             # Whoever waits for this key already asks for options the engine does not have.
             self._grant(ask.ticket, engine, ask.ttl_s, now, effects)
             return
-        backoff = self._backoffs.get(key)
-        if engine is None and backoff is not None and backoff.holds(ask.spec.revision, now):
-            left_s = backoff.until - now
-            effects.append(Refuse(ask.ticket, backoff.error.again(retry_after_s=left_s)))
+        failed = self._backoffs.refusal(ask.spec, now)
+        if failed is not None:
+            effects.append(Refuse(ask.ticket, failed))
             return
         if self._max_queue is not None and len(self._queue) >= self._max_queue:
-            effects.append(Refuse(ask.ticket, _queue_full(key, self._max_queue)))
+            effects.append(Refuse(ask.ticket, refusals.queue_full(key, self._max_queue)))
             return
         self._queue[ask.ticket] = _Waiter(ask.ticket, ask.spec, ask.ttl_s, ask.deadline, now)
         self._advance(now, effects)
@@ -361,7 +245,7 @@ class Scheduler:
         engine.state = step(engine.state, EngineEvent.READY)
         if engine.state is EngineState.READY:
             engine.idle_since = now
-            self._backoffs.pop(engine_id.key, None)
+            self._backoffs.clear(engine_id.key, engine.options)
             self._advance(now, effects)
 
     def _exited(self, event: EngineExited, now: float, effects: list[Effect]) -> None:
@@ -373,8 +257,8 @@ class Scheduler:
         engine.idle_since = None
         del self._engines[engine.id.key]
         if never_ready:
-            error = event.failure or _start_failed(engine.id.key)
-            self._note_failure(engine, error, now)
+            error = event.failure or refusals.start_failed(engine.id.key)
+            self._backoffs.note(engine.id.key, engine.options, engine.spec.revision, error, now)
             self._refuse_waiting(engine.id.key, error, effects)
         elif engine.retire == "options" and self._awaited(engine.id.key):
             self._legacies[engine.id.key] = _Legacy(engine.wants, engine.ttl_s)
@@ -386,7 +270,7 @@ class Scheduler:
             return
         if event.force:
             if engine.state is EngineState.STARTING:
-                self._refuse_waiting(engine.id.key, _unloaded(engine.id.key), effects)
+                self._refuse_waiting(engine.id.key, refusals.unloaded(engine.id.key), effects)
             self._stop(engine, "unload", effects, force=True)
         else:
             self._retire(engine, "unload", effects)
@@ -397,7 +281,7 @@ class Scheduler:
             if waiter.deadline is not None and waiter.deadline <= now:
                 self._refuse(waiter.ticket, self._too_late(waiter, now), effects)
         for engine in self._engines.values():
-            deadline = engine.idle_deadline()
+            deadline = _idle_deadline(engine)
             if deadline is not None and deadline <= now:
                 self._stop(engine, "idle", effects)
         self._advance(now, effects)
@@ -405,7 +289,7 @@ class Scheduler:
     def _shutdown(self, force: bool, effects: list[Effect]) -> None:
         self._closing = True
         for ticket in list(self._queue):
-            self._refuse(ticket, _shutting_down(), effects)
+            self._refuse(ticket, refusals.shutting_down(), effects)
         for engine in self._engines.values():
             if force or engine.state is EngineState.STARTING:
                 self._stop(engine, "shutdown", effects, force=force)
@@ -418,11 +302,7 @@ class Scheduler:
         """Give ready engines to those who wait for them, then start what there is room for."""
         for waiter in list(self._queue.values()):
             engine = self._engines.get(waiter.spec.key)
-            if (
-                engine is not None
-                and engine.state is EngineState.READY
-                and covers(engine.options, waiter.spec.wants)
-            ):
+            if engine is not None and _serves(engine, waiter.spec):
                 del self._queue[waiter.ticket]
                 self._grant(waiter.ticket, engine, waiter.ttl_s, now, effects)
         for engine in list(self._engines.values()):
@@ -594,49 +474,23 @@ class Scheduler:
         engine.idle_since = None
         effects.append(Stop(engine.id, reason, force))
 
-    # Failures.
-
-    def _note_failure(self, engine: _Engine, error: GatewayError, now: float) -> None:
-        before = self._backoffs.get(engine.id.key)
-        failures = 1
-        if before is not None and before.revision == engine.spec.revision:
-            failures = before.failures + 1
-        doublings = min(failures - 1, 64)  # 2.0**1024 is an OverflowError, after a day of failures
-        wait_s = min(self._backoff_first_s * 2.0**doublings, self._backoff_max_s)
-        self._backoffs[engine.id.key] = _Backoff(
-            error, engine.spec.revision, failures, now + wait_s
-        )
-
     def _too_late(self, waiter: _Waiter, now: float) -> GatewayError:
-        waited_s = now - waiter.arrived_at
-        model = waiter.spec.key.model
         engine = self._engines.get(waiter.spec.key)
-        if engine is not None and engine.state is EngineState.STARTING:
-            return LoadingTimeout(
-                f"{model} is still loading after {waited_s:.0f} s. Ask again: the load goes on.",
-                retry_after_s=5.0,
-            )
-        return QueueTimeout(
-            f"No place for {model} became free in {waited_s:.0f} s. "
-            "Ask again later, unload another model, or raise max_loaded.",
-            retry_after_s=10.0,
-        )
+        loading = engine is not None and engine.state is EngineState.STARTING
+        say = refusals.still_loading if loading else refusals.no_room
+        return say(waiter.spec.key, now - waiter.arrived_at)
 
 
-def _shutting_down() -> GatewayError:
-    return ShuttingDown("The server is shutting down and takes no new requests.", retry_after_s=5.0)
-
-
-def _queue_full(key: ModelKey, limit: int) -> GatewayError:
-    return QueueFull(
-        f"{limit} requests wait already; {key.model} cannot be queued. Ask again later.",
-        retry_after_s=5.0,
+def _serves(engine: _Engine, spec: EngineSpec) -> bool:
+    """Whether a request may have a lease on this engine now."""
+    return (
+        engine.state is EngineState.READY
+        and engine.spec.revision == spec.revision  # else its file has been replaced
+        and covers(engine.options, spec.wants)
     )
 
 
-def _start_failed(key: ModelKey) -> GatewayError:
-    return EngineStartFailed(f"The engine of {key.model} ended before it was ready.")
-
-
-def _unloaded(key: ModelKey) -> GatewayError:
-    return EngineUnloaded(f"{key.model} was unloaded by force while it was loading.")
+def _idle_deadline(engine: _Engine | EngineView) -> float | None:
+    if engine.idle_since is None or engine.ttl_s == 0 or engine.state is not EngineState.READY:
+        return None
+    return engine.idle_since + engine.ttl_s

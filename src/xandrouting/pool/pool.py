@@ -16,6 +16,21 @@ from typing import Any, Final, Self, TypeVar, assert_never
 
 from xandrouting.core.engine_state import EngineState
 from xandrouting.core.errors import EngineStartFailed, GatewayError
+from xandrouting.core.events import (
+    Acquire,
+    Effect,
+    EngineExited,
+    EngineReady,
+    Event,
+    Grant,
+    Refuse,
+    Release,
+    Shutdown,
+    Start,
+    Stop,
+    Tick,
+    Unload,
+)
 from xandrouting.core.model import (
     Backend,
     EngineId,
@@ -25,23 +40,7 @@ from xandrouting.core.model import (
     ModelKey,
     Ticket,
 )
-from xandrouting.core.scheduler import (
-    Acquire,
-    Effect,
-    EngineExited,
-    EngineReady,
-    EngineView,
-    Event,
-    Grant,
-    Refuse,
-    Release,
-    Scheduler,
-    Shutdown,
-    Start,
-    Stop,
-    Tick,
-    Unload,
-)
+from xandrouting.core.scheduler import EngineView, Scheduler
 from xandrouting.engines.base import EngineAdapter
 from xandrouting.launch.base import Handle, Launcher
 from xandrouting.net.client import Client

@@ -1,0 +1,104 @@
+"""What the scheduler is told, and what it asks for: two closed sets of values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from xandrouting.core.errors import GatewayError
+from xandrouting.core.model import EngineId, EngineSpec, LoadOptions, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire:
+    """A request wants an engine. `ttl_s` None: it does not say; 0: never unload when idle.
+
+    `deadline` is when it gives up waiting; None: it waits for as long as it takes.
+    """
+
+    ticket: Ticket
+    spec: EngineSpec
+    ttl_s: float | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The end of a ticket: served, refused, or its client left."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    """The engine's probe passed."""
+
+    engine: EngineId
+
+
+@dataclass(frozen=True, slots=True)
+class EngineExited:
+    """The engine's process tree is gone. `failure` says why it never became ready."""
+
+    engine: EngineId
+    failure: GatewayError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Somebody wishes the engine gone: after its leases, or with `force` at once."""
+
+    engine: EngineId
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Take no new work and let every engine go: after its leases, or with `force` at once."""
+
+    force: bool = False
+
+
+Event: TypeAlias = Acquire | Release | EngineReady | EngineExited | Unload | Tick | Shutdown
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start this engine with these options, all of them settled."""
+
+    engine: EngineId
+    spec: EngineSpec
+    options: LoadOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End this engine; `reason` is `idle`, `evicted`, `options`, `unload` or `shutdown`."""
+
+    engine: EngineId
+    reason: str
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The ticket holds a lease on this engine from now on."""
+
+    ticket: Ticket
+    engine: EngineId
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The ticket gets no engine. It still ends with its `Release`."""
+
+    ticket: Ticket
+    error: GatewayError
+
+
+Effect: TypeAlias = Start | Stop | Grant | Refuse
