@@ -50,7 +50,8 @@ _FAILURES: Final[tuple[tuple[StartFailure, re.Pattern[str]], ...]] = (
 
 # llama.cpp answers these with 500, and they are the request's fault.
 _CLIENT_FAULTS: Final = re.compile(
-    r"^Failed to parse|input is not supported|^Invalid |is not supported by this server"
+    r"^Failed to parse|input is not supported|^Invalid |^Unknown reasoning format"
+    r"|is not supported by this server"
 )
 
 
@@ -127,5 +128,5 @@ class LlamaCpp:
         if status in (404, 501):
             return UnsupportedByEngine(f"llama.cpp does not serve {path} for this model: {message}")
         if status == 500 and _CLIENT_FAULTS.search(message):
-            return EngineRejected(message, error={**error, "code": None})
+            return EngineRejected(message, error={**error, "code": None, "type": None})
         return None

@@ -158,6 +158,10 @@ class _Connection(asyncio.Protocol):
 
     # httptools
 
+    def on_message_begin(self) -> None:
+        if self._response is not None and self._response.complete:
+            raise ValueError("more than one answer")  # feed_data raises HttpParserError then
+
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._response is not None:
             self._response.headers.append((name.lower(), value))
@@ -249,8 +253,9 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _fail(self, message: str) -> None:
-        if self._response is not None and self._response.error is None:
-            self._response.error = UpstreamError(message, began=self._began)
+        response = self._response
+        if response is not None and response.error is None and not response.complete:
+            response.error = UpstreamError(message, began=self._began)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -282,6 +287,7 @@ class Client:
         self._fixed = fixed.encode()
         self._idle: list[_Connection] = []  # the last one used is the first one taken
         self._connections: set[_Connection] = set()
+        self._closed = False
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -330,7 +336,8 @@ class Client:
             response.close()
 
     def close(self) -> None:
-        """Cut every connection, those in use too."""
+        """Cut every connection, those in use too; a later one is cut as soon as it is made."""
+        self._closed = True
         for connection in list(self._connections):
             connection.abort()
 
@@ -345,6 +352,8 @@ class Client:
     def remember(self, connection: _Connection) -> None:
         """Know of a connection that was made."""
         self._connections.add(connection)
+        if self._closed:
+            connection.abort()
 
     def forget(self, connection: _Connection) -> None:
         """Drop a connection that is closed."""

@@ -340,6 +340,7 @@ class EnginePool:
             failure = await self._live(engine, kind)
         except Exception:  # the edge of the engine's task
             log.exception("engine task failed engine=%s", engine.id)
+            self.load_failures += engine.ready is None
             failure = EngineStartFailed(
                 f"Starting {engine.spec.key.model} failed inside the server."
             )
@@ -359,8 +360,8 @@ class EnginePool:
         except GatewayError as error:
             return self._failed(engine, error)
         engine.handle = handle
-        engine.client = client = Client(handle.base_url, api_key=plan.api_key or None)
         try:
+            engine.client = client = Client(handle.base_url, api_key=plan.api_key or None)
             probe = until_ready(
                 handle,
                 plan,
@@ -381,7 +382,8 @@ class EnginePool:
                 engine, start_error(model, failure, handle.tail(), stall_s=self._load_stall_s)
             )
         finally:
-            client.close()
+            if engine.client is not None:
+                engine.client.close()
             await handle.stop(grace_s=0.0 if engine.forced else plan.stop_grace_s)
         return None
 

@@ -13,6 +13,7 @@ from xandrouting.net.client import Client, UpstreamError
 
 POLL_FIRST_S: Final = 0.01
 POLL_MAX_S: Final = 0.25
+ANSWER_S: Final = 5.0  # an engine that takes longer to say how it is, is not ready
 MEASURE_EVERY_S: Final = 1.0
 MOVED_BYTES: Final = 1 << 20  # memory that grew by less has not moved
 
@@ -38,8 +39,9 @@ async def http_health(client: Client, plan: LaunchPlan) -> bool:
     if not plan.health_path:
         return True
     try:
-        status, _ = await client.get(plan.health_path.encode())
-    except UpstreamError:
+        async with asyncio.timeout(ANSWER_S):  # else one that hangs would never count as stalled
+            status, _ = await client.get(plan.health_path.encode())
+    except (UpstreamError, TimeoutError):
         return False
     return status == 200
 

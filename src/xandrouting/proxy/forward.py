@@ -103,7 +103,9 @@ async def _relay(response: Response, answer: Answer) -> None:
     events = kind.startswith(EVENT_STREAM)
     if not answer.started:
         headers = passed_on(response.headers)
-        await answer.start(response.status, headers + STREAM_HEADERS if events else headers)
+        if events:  # [DONE] may end it early, a missing empty line late: no length holds
+            headers = [pair for pair in headers if pair[0] != b"content-length"] + STREAM_HEADERS
+        await answer.start(response.status, headers)
         answer.events = events
     held = b""
     while await response.more():
@@ -158,7 +160,7 @@ def _error_object(body: bytes) -> Mapping[str, Any]:
     """Return what an engine said under `error`, whatever shape it has."""
     try:
         answer = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
     if not isinstance(answer, dict):
         return {}

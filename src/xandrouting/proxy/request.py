@@ -6,7 +6,7 @@ byte, so a new OpenAI parameter needs no change here.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Generic, Literal, TypeVar
+from typing import Annotated, Final, Generic, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -14,7 +14,8 @@ from msgspec import Meta, Raw, Struct
 from xandrouting.core.errors import InvalidRequest
 
 BackendName = Literal["auto", "llamacpp", "vllm", "transformers", "ollama"]
-DeviceName = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
+# `$` alone would let a line break through, and the device is shown in a header.
+DeviceName = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$(?!\n)")]
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 
@@ -77,6 +78,12 @@ class UnloadRequest(Struct, kw_only=True):
 
 CUT: Final = frozenset(Routing.__struct_fields__) - {"model"}
 
+# Instead of msgspec's words, which quote what was sent, or show a pattern.
+_CHOICES: Final = {
+    "backend": f"one of {', '.join(get_args(BackendName))}",
+    "device": "auto, cpu, cuda or cuda:N",
+}
+
 _RAW_OBJECT: Final = msgspec.json.Decoder(dict[str, Raw])
 _ENCODER: Final = msgspec.json.Encoder()
 
@@ -102,15 +109,21 @@ class BodyParser(Generic[T]):
         except msgspec.ValidationError as error:
             raise _invalid(error) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise InvalidRequest("The request body is broken: it cannot be parsed.") from None
+            raise _broken() from None
 
 
 def body_for(body: bytes, fields: Routing, model: str) -> bytes:
     """Return the body the engine gets: without routing fields, `model` as it knows itself.
 
     `fields` is what was parsed of `body`. The same bytes when nothing has to change.
+
+    Raises:
+        InvalidRequest: the name of a field that `fields` does not know is no text.
     """
-    raw = _RAW_OBJECT.decode(body)
+    try:
+        raw = _RAW_OBJECT.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise _broken() from None
     if fields.model == model and not raw.keys() & CUT:
         return body
     kept = {name: value for name, value in raw.items() if name not in CUT}
@@ -118,13 +131,21 @@ def body_for(body: bytes, fields: Routing, model: str) -> bytes:
     return _ENCODER.encode(kept)
 
 
+def _broken() -> InvalidRequest:
+    return InvalidRequest("The request body is broken: it cannot be parsed.")
+
+
 def _invalid(error: msgspec.ValidationError) -> InvalidRequest:
     """Put msgspec's "Expected `int` >= 1 - at `$.n_ctx`" into a client's words."""
-    what, _, where = str(error).partition(" - at `$")
-    path = where.rstrip("`").lstrip(".")
+    # The last one: what was sent is quoted before it.
+    what, at, where = str(error).rpartition(" - at `$")
+    path = where.rstrip("`").lstrip(".") if at else ""
     if not path:
+        what = what or str(error)
         missing = what.removeprefix("Object missing required field ")
         if missing != what:
             return InvalidRequest(f"The field {missing} is required.", param=missing.strip("`"))
         return InvalidRequest(f"The request body is not an object with the right fields: {what}.")
+    if path in _CHOICES:
+        return InvalidRequest(f"{path}: expected {_CHOICES[path]}.", param=path)
     return InvalidRequest(f"{path}: {what[0].lower()}{what[1:]}.", param=path)

@@ -26,6 +26,7 @@ from xandrouting.inventory.quantization import without_quantization
 
 _CHOICES_IN_MESSAGE: Final = 10
 _NEAR_MATCHES: Final = 3
+_MIN_PART: Final = 3  # characters a part of a name must have to be taken for it
 _NEAR_ENOUGH: Final = 0.5  # difflib's ratio
 _COMPARED: Final = 50  # difflib is slow: it sees only those that share most with the name
 _COMPARED_LENGTH: Final = 200
@@ -194,6 +195,8 @@ class _NearMatches:
             text, model = self._texts[number]
             matcher.set_seq1(text[:_COMPARED_LENGTH])
             score = matcher.ratio()
+            if len(wanted) >= _MIN_PART and wanted in text:
+                score = max(score, _NEAR_ENOUGH)  # a part of a long name is near it too
             if score >= max(_NEAR_ENOUGH, best.get(model.id, (0.0,))[0]):
                 best[model.id] = score, model
         ranked = sorted(best.values(), key=lambda found: (-found[0], found[1].id))
