@@ -158,6 +158,10 @@ class Scheduler:
         """Every engine that is not gone, in the order they were started."""
         return [self._view(engine) for engine in self._engines.values()]
 
+    def holds(self, key: ModelKey) -> bool:
+        """Whether an engine of this key is not gone."""
+        return key in self._engines
+
     def view(self, key: ModelKey) -> EngineView | None:
         """Return the engine of this key that is not gone yet."""
         engine = self._engines.get(key)

@@ -107,7 +107,7 @@ class InferenceApi:
         except ModelNotFound:
             await self.inventory.refresh()  # it may have come since the last look
             route = self.catalog.route(fields, embeddings=embeddings)
-        if route.file is None or self.pool.view(route.spec.key) is not None:
+        if route.file is None or self.pool.holds(route.spec.key):
             return route
         now = await self.inventory.verify(route.file)
         if now.revision == route.file.revision:

@@ -254,6 +254,10 @@ class EnginePool:
         """Every engine that is not gone: what the scheduler knows and what was measured."""
         return [(view, self._engines[view.engine]) for view in self._scheduler.views()]
 
+    def holds(self, key: ModelKey) -> bool:
+        """Whether an engine of this key is there or on its way."""
+        return self._scheduler.holds(key)
+
     def view(self, key: ModelKey) -> tuple[EngineView, Engine] | None:
         """Return the engine of this key that is not gone."""
         view = self._scheduler.view(key)
@@ -276,7 +280,8 @@ class EnginePool:
         now = self._loop.time()
         for effect in self._scheduler.handle(event, now=now):
             self._perform(effect)
-        self._set_timer(now)
+        if type(event) is not Acquire or self._scheduler.queued:
+            self._set_timer(now)  # a request that was granted at once brings no new deadline
 
     def _perform(self, effect: Effect) -> None:
         match effect:

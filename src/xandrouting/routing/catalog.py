@@ -73,7 +73,18 @@ class Catalog:
             GatewayError: the model, backend or device is not to be had; the error says why.
         """
         names = self.names()
-        asked = (embeddings, *(getattr(fields, name) for name in Routing.__struct_fields__))
+        asked = (
+            fields.model,
+            fields.backend,
+            fields.device,
+            fields.gpu_memory_utilization,
+            fields.max_model_len,
+            fields.n_gpu_layers,
+            fields.n_ctx,
+            fields.n_parallel,
+            fields.ttl,
+            embeddings,
+        )
         route = self._routes.get(asked)
         if route is None:
             route = self._upstream_route(fields) or self._local_route(fields, names, embeddings)
