@@ -51,7 +51,7 @@ _FAILURES: Final[tuple[tuple[StartFailure, re.Pattern[str]], ...]] = (
 # llama.cpp answers these with 500, and they are the request's fault.
 _CLIENT_FAULTS: Final = re.compile(
     r"^Failed to parse|input is not supported|^Invalid |^Unknown reasoning format"
-    r"|is not supported by this server"
+    r"|is not supported by this server|is too large to process|' is required$|_M_range_check"
 )
 
 

@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"load failed: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return 1
-    print(f"{READY_LINE} {server.listening_address}", flush=True)  # noqa: T201
+    # In one write and from the beginning of a line: llama.cpp's threads write theirs in pieces.
+    os.write(1, f"\n{READY_LINE} {server.listening_address}\n".encode())
     while True:
         signal.pause()
 

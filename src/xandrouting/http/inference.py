@@ -14,11 +14,11 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from xandrouting.core.errors import GatewayError, ModelNotFound
+from xandrouting.core.errors import GatewayError, ModelNotFound, UpstreamUnreachable
 from xandrouting.http.body import ClientLeft, Receive, read_body
 from xandrouting.http.errors import headers_of, to_bytes, to_sse
 from xandrouting.http.gate import Gate
-from xandrouting.http.protocol import close_connection
+from xandrouting.http.protocol import closing_connection
 from xandrouting.inventory.inventory import Inventory
 from xandrouting.pool.pool import Claim, Engine, EnginePool
 from xandrouting.proxy.forward import Answer, Send, forward
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Scope = MutableMapping[str, Any]
 
 COMMENT_EVERY_S: Final = 10.0
+DEATH_WAIT_S: Final = 2.0  # from an engine's refusing connections to its being known as dead
 MAX_REQUEST_ID: Final = 128
 # What an engine may want to know of the client's request besides its body.
 _PASSED_HEADERS: Final = frozenset((b"anthropic-version", b"anthropic-beta", b"openai-beta"))
@@ -160,10 +161,22 @@ class _Call:
             self._count(stats)
 
     async def _serve(self, body: bytes) -> None:
-        api, path = self._api, self._scope["path"]
-        kind = HOT_PATHS[path]
+        kind = HOT_PATHS[self._scope["path"]]
         fields: Inference = kind.parser.parse(body)
-        route = await api.route(fields, embeddings=kind.embeddings)
+        route = await self._api.route(fields, embeddings=kind.embeddings)
+        try:
+            await self._exchange(body, fields, route)
+        except UpstreamUnreachable:
+            if route.file is None:
+                raise
+            # An engine of ours that listens no more has just died, and its end is on its way
+            # to the scheduler. It never saw the request, so the next one may.
+            await self._api.pool.until_gone(route.spec.key, timeout_s=DEATH_WAIT_S)
+            await self._exchange(body, fields, route)
+
+    async def _exchange(self, body: bytes, fields: Inference, route: Route) -> None:
+        """Hold a lease for as long as the engine's answer lasts."""
+        api, path = self._api, self._scope["path"]
         claim = api.pool.claim(
             route.spec,
             ttl_s=route.ttl_s,
@@ -181,7 +194,7 @@ class _Call:
                 body_for(body, fields, route.asked_model),
                 self._answer,
                 headers=self._engine_headers(),
-                name=f"The engine of {route.spec.key.model}",
+                name=f"The {'upstream' if route.file is None else 'engine of'} {claim.key.model}",
                 explain=lambda status, error: engine.adapter.explain(status, error, path),
             )
         finally:
@@ -228,7 +241,7 @@ class _Call:
         stats.queue_wait.add(queue_s)
         if self._answer.started:
             return
-        self._answer.headers += [
+        self._answer.headers[1:] = [
             (b"x-xandrouting-engine", engine.label),
             (b"x-xandrouting-load", load),
             (b"x-xandrouting-queue", b"dur=%.3f" % queue_s),
@@ -250,9 +263,9 @@ class _Call:
             await answer.body(body, last=True)
             return
         self._api.stats.stream_errors += 1
-        if answer.events:
-            await answer.body(to_sse(error), last=True)
-        close_connection(self._scope)
+        with closing_connection(self._scope):
+            if answer.events:
+                await answer.body(to_sse(error), last=True)
         if not answer.events and watcher is not None:
             # A plain answer that is cut short: only the closed connection can say so.
             answer.finished = True

@@ -7,7 +7,10 @@ write with the first piece of its body: one system call and one wake-up of the c
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, MutableMapping
 from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -76,11 +79,22 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
 
-def close_connection(scope: MutableMapping[str, Any]) -> None:
-    """Close the connection once everything sent so far is out.
+@contextlib.contextmanager
+def closing_connection(scope: MutableMapping[str, Any]) -> Iterator[None]:
+    """Close the connection after what the block sends, and let both leave in one packet.
 
-    Under another server than ours nothing happens: its keep-alive decides.
+    A client that saw the end of the answer first would take the connection for kept, and
+    lose its next request with it. Under another server than ours nothing is closed.
     """
     connection = scope.get("extensions", {}).get(CONNECTION)
-    if connection is not None:
+    if connection is None:
+        yield
+        return
+    if hasattr(socket, "TCP_CORK"):
+        fd = connection.get_extra_info("socket").fileno()
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as same:
+            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    try:
+        yield
+    finally:
         connection.close()

@@ -252,6 +252,11 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def cut(self) -> None:
+        """Close the connection under whoever reads from it."""
+        self._fail("the connection was cut")
+        self.abort()
+
     def _fail(self, message: str) -> None:
         response = self._response
         if response is not None and response.error is None and not response.complete:
@@ -339,7 +344,7 @@ class Client:
         """Cut every connection, those in use too; a later one is cut as soon as it is made."""
         self._closed = True
         for connection in list(self._connections):
-            connection.abort()
+            connection.cut()
 
     def give_back(self, connection: _Connection) -> None:
         """Keep a connection for the next request."""

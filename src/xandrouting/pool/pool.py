@@ -227,6 +227,16 @@ class EnginePool:
         for gone in waiting:
             await gone.wait()
 
+    async def until_gone(self, key: ModelKey, *, timeout_s: float) -> None:
+        """Wait until the engine that this key has now is gone, at most `timeout_s`."""
+        found = self.view(key)
+        if found is not None:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await found[1].gone.wait()
+            except TimeoutError:
+                log.warning("engine refuses connections and lives engine=%s", found[1].id)
+
     async def drain(self, grace_s: float) -> None:
         """Refuse new work, let running requests end for at most `grace_s`, end every engine."""
         self._dispatch(Shutdown())
