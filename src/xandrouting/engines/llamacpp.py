@@ -112,7 +112,15 @@ class LlamaCpp:
             env.append(("CUDA_VISIBLE_DEVICES", ""))
         elif device.startswith("cuda:"):
             env.append(("CUDA_VISIBLE_DEVICES", device.removeprefix("cuda:")))
-        return LaunchPlan(argv=tuple(argv), env=tuple(env), api_key=api_key, ready_line=READY_LINE)
+        return LaunchPlan(
+            argv=tuple(argv),
+            env=tuple(env),
+            api_key=api_key,
+            ready_line=READY_LINE,
+            # llama.cpp notices that a client left on a connection's first request only: on a
+            # later one it generated on for 70 s to nobody.
+            keep_alive=False,
+        )
 
     def classify(self, tail: Sequence[str], status: int | None) -> StartFailure:
         """Tell from llama.cpp's error lines why a start failed."""

@@ -19,6 +19,8 @@ import xllamacpp
 from xandrouting.engines.llamacpp import KEY_VARIABLE, READY_LINE
 
 HTTP_THREADS = 32  # each open stream holds one; the gateway opens as many as it has clients
+PROMPT_BATCH = 512  # tokens; between two batches it looks for clients that left, and others decode
+EMBEDDING_BATCH = 2048
 PING_S = 1  # llama.cpp looks for a client that left when it pings
 
 
@@ -70,6 +72,7 @@ def _params(options: argparse.Namespace) -> xllamacpp.CommonParams:
     params.n_parallel = options.n_parallel
     params.n_gpu_layers = options.n_gpu_layers
     params.n_threads_http = HTTP_THREADS + options.n_parallel
+    params.n_batch = PROMPT_BATCH
     params.fit_params = False  # the gateway plans; an engine that shrinks itself would belie it
     params.cache_ram_mib = 0  # memory that no plan knows of
     params.sse_ping_interval = PING_S
@@ -77,7 +80,8 @@ def _params(options: argparse.Namespace) -> xllamacpp.CommonParams:
     params.endpoint_slots = params.endpoint_metrics = params.endpoint_props = True
     if options.embeddings:
         params.embedding = True
-        params.n_ubatch = params.n_batch  # an input is embedded in one batch or not at all
+        # An input is embedded in one batch or not at all.
+        params.n_batch = params.n_ubatch = min(options.n_ctx_total, EMBEDDING_BATCH)
     if options.embeddings == "mean":
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     return params

@@ -84,7 +84,7 @@ def build_control(services: Services) -> FastAPI:
     _add_status_calls(app, services)
     _add_model_lists(app, services)
     _add_model_calls(app, services)
-    describe(app, HOT_PATHS)
+    describe(app, HOT_PATHS, (LoadRequest, UnloadRequest))
     return app
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -30,32 +30,33 @@ def request_body(kind: type[msgspec.Struct]) -> dict[str, Any]:
     """Return FastAPI's `openapi_extra` for a call whose body is checked as `kind`."""
     reference = {"$ref": _REF.format(name=kind.__name__)}
     return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}},
-        "x-body": kind,
+        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
     }
 
 
-def describe(app: FastAPI, hot_paths: Mapping[str, Kind]) -> None:
-    """Make `app.openapi()` tell of the hot paths and of the bodies FastAPI does not check."""
+def describe(
+    app: FastAPI, hot_paths: Mapping[str, Kind], bodies: Iterable[type[msgspec.Struct]]
+) -> None:
+    """Make `app.openapi()` tell of the hot paths and of the bodies FastAPI does not check.
+
+    `bodies` are all that `request_body` was called with.
+    """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _schema(app, hot_paths)
+            kinds = {*bodies, *(kind.body for kind in hot_paths.values())}
+            app.openapi_schema = _schema(app, hot_paths, kinds)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _schema(app: FastAPI, hot_paths: Mapping[str, Kind]) -> dict[str, Any]:
+def _schema(
+    app: FastAPI, hot_paths: Mapping[str, Kind], kinds: set[type[msgspec.Struct]]
+) -> dict[str, Any]:
     schema = get_openapi(
         title=app.title, version=app.version, summary=app.summary, routes=app.routes
     )
-    kinds: set[type[msgspec.Struct]] = {kind.body for kind in hot_paths.values()}
-    for operations in schema["paths"].values():
-        for operation in operations.values():
-            kind = operation.pop("x-body", None)
-            if kind is not None:
-                kinds.add(kind)
     _, components = msgspec.json.schema_components(
         sorted(kinds, key=lambda kind: kind.__name__), ref_template=_REF
     )
