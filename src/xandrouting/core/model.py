@@ -111,7 +111,6 @@ class LaunchPlan:
     ready_line: str | None = None
     stop_grace_s: float = 1.0  # from SIGTERM to SIGKILL; the gateway has drained before
     base_url: str | None = None
-    keep_alive: bool = True  # False: every request gets a connection of its own
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,9 +117,6 @@ class LlamaCpp:
             env=tuple(env),
             api_key=api_key,
             ready_line=READY_LINE,
-            # llama.cpp notices that a client left on a connection's first request only: on a
-            # later one it generated on for 70 s to nobody.
-            keep_alive=False,
         )
 
     def classify(self, tail: Sequence[str], status: int | None) -> StartFailure:

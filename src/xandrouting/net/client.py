@@ -271,8 +271,7 @@ class Client:
     """Requests to one upstream, over kept connections.
 
     `base_url` is `http://host[:port][/prefix]` or the same with https. `api_key` is sent
-    as a bearer token with every request. Without `keep_alive` every request has a
-    connection of its own.
+    as a bearer token with every request.
     """
 
     def __init__(
@@ -280,7 +279,6 @@ class Client:
         base_url: str,
         *,
         api_key: str | None = None,
-        keep_alive: bool = True,
         connect_timeout_s: float = 5.0,
     ) -> None:
         url = urlsplit(base_url)
@@ -295,8 +293,6 @@ class Client:
         fixed = f" HTTP/1.1\r\nhost: {authority}:{self._port}\r\naccept: */*\r\n"
         if api_key:
             fixed += f"authorization: Bearer {api_key}\r\n"
-        if not keep_alive:
-            fixed += "connection: close\r\n"
         self._fixed = fixed.encode()
         self._idle: list[_Connection] = []  # the last one used is the first one taken
         self._connections: set[_Connection] = set()

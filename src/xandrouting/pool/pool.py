@@ -376,9 +376,7 @@ class EnginePool:
             return self._failed(engine, error)
         engine.handle = handle
         try:
-            engine.client = client = Client(
-                handle.base_url, api_key=plan.api_key or None, keep_alive=plan.keep_alive
-            )
+            engine.client = client = Client(handle.base_url, api_key=plan.api_key or None)
             probe = until_ready(
                 handle,
                 plan,
