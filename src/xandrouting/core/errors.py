@@ -120,9 +120,13 @@ class ModelNotLoaded(GatewayError):
 
 
 class MethodNotAllowed(GatewayError):
-    """The address exists, the method does not."""
+    """The address exists, the method does not. `allow` names the methods that do."""
 
     status, error_type, code = 405, "invalid_request_error", "method_not_allowed"
+
+    def __init__(self, message: str, *, allow: str = "POST") -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class BodyTooLarge(GatewayError):

@@ -82,8 +82,8 @@ def build_control(services: Services) -> FastAPI:
     )
     _add_error_handlers(app)
     _add_status_calls(app, services)
-    _add_model_lists(app, services)
     _add_model_calls(app, services)
+    _add_model_lists(app, services)  # last: a model's id may be any path
     describe(app, HOT_PATHS, (LoadRequest, UnloadRequest))
     return app
 
@@ -101,7 +101,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 405:
-            return answer(MethodNotAllowed(f"{request.method} is not a method of this address."))
+            allow = (error.headers or {}).get("Allow", "")
+            message = f"{request.method} is not a method of this address."
+            return answer(MethodNotAllowed(message, allow=allow))
         if error.status_code == 404:
             return answer(NotFound(f"There is nothing at {path[:200]!r}. GET /docs lists all."))
         return answer(InvalidRequest(str(error.detail)))

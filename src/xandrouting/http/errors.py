@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from xandrouting.core.errors import EngineRejected, GatewayError
+from xandrouting.core.errors import EngineRejected, GatewayError, MethodNotAllowed
 from xandrouting.net.client import Headers
 
 _ENCODE = msgspec.json.Encoder().encode
@@ -41,6 +41,8 @@ def headers_of(error: GatewayError) -> Headers:
     headers: Headers = [(b"content-type", b"application/json")]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", error.allow.encode()))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     return headers

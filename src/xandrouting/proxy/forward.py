@@ -151,7 +151,7 @@ async def _rejection(response: Response, name: str, explain: Explain) -> Gateway
             message,
             status=status,
             error=error,
-            retry_after_s=float(retry_after) if retry_after.isdigit() else None,
+            retry_after_s=float(retry_after[:9]) if retry_after.isdigit() else None,
         )
     return EngineError(f"{name} failed with status {status}: {message}")
 
