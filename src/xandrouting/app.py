@@ -246,7 +246,7 @@ async def serve(settings: Settings, listener: Listener, on_ready: Callable[[Gate
     The first signal refuses new work, lets running requests end, ends the engines and
     returns 0. A second one ends the process at once; the guards end the engines.
     """
-    ended = sweep(settings.data_dir / "run")
+    ended = await asyncio.to_thread(sweep, settings.data_dir / "run")
     if ended:
         log.warning("engines of a killed server ended count=%d", ended)
     devices = Devices(await cuda_devices(LIST_DEVICES))

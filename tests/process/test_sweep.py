@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -38,6 +39,12 @@ asyncio.run(main())
 """
 
 
+@pytest.fixture
+def mark() -> str:
+    """One of its own: other tests may run on this machine at this moment."""
+    return secrets.token_hex(16)
+
+
 @contextmanager
 def gateway(run_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
     """A gateway with one deaf engine; yields it and the tree of guard, engine and child."""
@@ -45,16 +52,21 @@ def gateway(run_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[psuti
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) as process:
         assert process.stdout
-        assert process.stdout.readline() == b"ready\n"
-        yield process, tree_below(process.pid)
-        process.kill()
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            yield process, tree_below(process.pid)
+        finally:
+            process.kill()
 
 
 @contextmanager
-def bystander(**env: str) -> Iterator[psutil.Process]:
-    with subprocess.Popen(["sleep", "60"], env=os.environ | env) as process:
-        yield psutil.Process(process.pid)
-        process.kill()
+def bystander(mark: str = "") -> Iterator[psutil.Process]:
+    env = os.environ | {sweep.MARK: mark}
+    with subprocess.Popen(["sleep", "60"], env=env) as process:
+        try:
+            yield psutil.Process(process.pid)
+        finally:
+            process.kill()
 
 
 def a_dead_life() -> sweep.Life:
@@ -68,7 +80,7 @@ def write(run_dir: Path, record: sweep.Record) -> Path:
     return path
 
 
-def record_of(engine: psutil.Process, *, mark: str = "mark") -> sweep.Record:
+def record_of(engine: psutil.Process, mark: str) -> sweep.Record:
     """A record of an engine whose guard and gateway are gone."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     life = sweep.Life.of(engine.pid)
@@ -131,9 +143,9 @@ async def test_a_record_lives_as_long_as_its_engine(tmp_path: Path) -> None:
     assert list(run_dir.iterdir()) == []
 
 
-def test_a_reused_pid_is_not_signalled(tmp_path: Path) -> None:
+def test_a_reused_pid_is_not_signalled(tmp_path: Path, mark: str) -> None:
     with bystander() as process:
-        record = record_of(process)
+        record = record_of(process, mark)
         earlier = sweep.Life(process.pid, record.engine.start - 1)
         path = write(tmp_path, replace(record, engine=earlier))
         assert sweep.sweep(tmp_path) == 0
@@ -141,24 +153,24 @@ def test_a_reused_pid_is_not_signalled(tmp_path: Path) -> None:
         assert not path.exists()
 
 
-def test_the_remembered_engine_is_ended_even_without_its_mark(tmp_path: Path) -> None:
+def test_the_remembered_engine_is_ended_even_without_its_mark(tmp_path: Path, mark: str) -> None:
     with bystander() as process:
-        write(tmp_path, record_of(process))
+        write(tmp_path, record_of(process, mark))
         assert sweep.sweep(tmp_path) == 1
         wait_for(all_gone([process]))
 
 
-def test_a_mark_must_match_as_a_whole(tmp_path: Path) -> None:
-    with bystander(XR_ENGINE_MARK="mark2") as other, bystander(XR_ENGINE_MARK="mark") as marked:
-        write(tmp_path, replace(record_of(marked), engine=a_dead_life()))
+def test_a_mark_must_match_as_a_whole(tmp_path: Path, mark: str) -> None:
+    with bystander(mark + "2") as other, bystander(mark) as marked:
+        write(tmp_path, replace(record_of(marked, mark), engine=a_dead_life()))
         assert sweep.sweep(tmp_path) == 1
         wait_for(all_gone([marked]))
         assert not all_gone([other])()
 
 
-def test_after_a_reboot_every_pid_is_anothers(tmp_path: Path) -> None:
-    with bystander(XR_ENGINE_MARK="mark") as process:
-        path = write(tmp_path, replace(record_of(process), boot_id="before"))
+def test_after_a_reboot_every_pid_is_anothers(tmp_path: Path, mark: str) -> None:
+    with bystander(mark) as process:
+        path = write(tmp_path, replace(record_of(process, mark), boot_id="before"))
         assert sweep.sweep(tmp_path) == 0
         assert not all_gone([process])()
         assert not path.exists()
@@ -178,20 +190,20 @@ def test_no_run_dir_is_nothing_to_sweep(tmp_path: Path) -> None:
     assert sweep.sweep(tmp_path / "none") == 0
 
 
-def test_an_engine_that_is_gone_already_is_not_remembered(tmp_path: Path) -> None:
+def test_an_engine_that_is_gone_already_is_not_remembered(tmp_path: Path, mark: str) -> None:
     with subprocess.Popen(["true"]) as process:
         pass
-    path = sweep.remember(tmp_path, "mark", guard_pid=process.pid, engine_pid=os.getpid())
+    path = sweep.remember(tmp_path, mark, guard_pid=process.pid, engine_pid=os.getpid())
     assert path is None
 
 
 def test_what_cannot_be_killed_is_told_and_given_up(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mark: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a process that the kernel itself holds: here, the signals go astray."""
     monkeypatch.setattr(sweep, "_KILL_WAIT_S", 0.05)
     monkeypatch.setattr("xandrouting.launch.guard.send", lambda *_: None)
-    with bystander(XR_ENGINE_MARK="mark") as process:
-        assert sweep.end_leftovers("mark", None)
+    with bystander(mark) as process:
+        assert sweep.end_leftovers(mark, None)
         assert "cannot be killed" in caplog.text
         process.send_signal(signal.SIGKILL)

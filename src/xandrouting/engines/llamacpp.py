@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -26,6 +27,8 @@ KEY_VARIABLE: Final = "XANDROUTING_ENGINE_KEY"
 DEFAULT_CTX: Final = 4096
 SLOTS_CPU: Final = 2
 SLOTS_GPU: Final = 4
+MAX_SLOTS: Final = 256  # llama.cpp's LLAMA_MAX_SEQ
+MIN_CTX: Final = 2  # llama.cpp aborts when its first trial run does not fit
 
 # In this order: a file that is cut short also fails to allocate what its header promises.
 _FAILURES: Final[tuple[tuple[StartFailure, re.Pattern[str]], ...]] = (
@@ -61,17 +64,24 @@ class LlamaCpp:
     backend: Final = Backend.LLAMACPP
 
     def settle(self, wants: LoadOptions, facts: ModelFacts, device: str) -> LoadOptions:
-        """Return `wants` with 0 as the model's own context, and no layers where there is no GPU."""
+        """Return `wants` with 0 as the model's own context, and no layers where there is no GPU.
+
+        What is asked beyond the model's own context and llama.cpp's slots is cut: it would do
+        no good, and llama.cpp takes memory for every token of a context, however absurd.
+        """
         n_ctx = wants.n_ctx
         if n_ctx == 0:
             n_ctx = facts.context_length or DEFAULT_CTX
+        elif n_ctx is not None and facts.context_length:
+            n_ctx = min(n_ctx, facts.context_length)
+        slots = wants.n_parallel
         layers = wants.n_gpu_layers
         if layers is not None and device == "cpu":
             layers = 0
         return LoadOptions(
             n_ctx=n_ctx,
             n_gpu_layers=layers,
-            n_parallel=wants.n_parallel,
+            n_parallel=None if slots is None else min(slots, MAX_SLOTS),
             embeddings=wants.embeddings,
         )
 
@@ -93,7 +103,7 @@ class LlamaCpp:
             *("--model", spec.source),
             *("--alias", spec.key.model),
             *("--port", "{port}"),
-            *("--n-ctx-total", str((options.n_ctx or DEFAULT_CTX) * slots)),
+            *("--n-ctx-total", str(max(MIN_CTX, (options.n_ctx or DEFAULT_CTX) * slots))),
             *("--n-parallel", str(slots)),
             *("--n-gpu-layers", str(options.n_gpu_layers or 0)),
         ]
@@ -106,6 +116,8 @@ class LlamaCpp:
             (KEY_VARIABLE, api_key),
             # With busy cores the default spins: 3.6 tokens/s instead of 34.
             ("OMP_WAIT_POLICY", "passive"),
+            # When it aborts, its reason shall be its last words, not a debugger's report.
+            ("GGML_NO_BACKTRACE", "1"),
         ]
         device = spec.key.device
         if device == "cpu":
@@ -125,7 +137,8 @@ class LlamaCpp:
         for failure, pattern in _FAILURES:
             if pattern.search(text):
                 return failure
-        return StartFailure.KILLED if status is not None and status < 0 else StartFailure.EXITED
+        killed = status in (-signal.SIGKILL, -signal.SIGTERM)  # it aborts by other signals
+        return StartFailure.KILLED if killed else StartFailure.EXITED
 
     def explain(self, status: int, error: Mapping[str, Any], path: str) -> GatewayError | None:
         """Return the request's fault where llama.cpp's status hides it."""

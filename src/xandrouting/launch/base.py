@@ -24,7 +24,7 @@ class Handle(Protocol):
         """None while it runs; then the exit status, negative for a signal as in subprocess."""
 
     def tail(self) -> Sequence[str]:
-        """Return the engine's last lines of output, oldest first, at most 200 of 2,000 characters each."""
+        """Return the last lines of output, oldest first: at most 200, cut at 2,000 characters."""
 
     def activity(self) -> int:
         """Return a number that grows while the engine prints."""

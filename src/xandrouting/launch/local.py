@@ -21,6 +21,8 @@ from xandrouting.core.errors import EngineStartFailed
 from xandrouting.core.model import EngineId, LaunchPlan, MemoryUse
 from xandrouting.launch import guard, sweep
 
+_PRIVATE: Final = ("XANDROUTING_", "HF_TOKEN")
+
 log = logging.getLogger(__name__)
 
 HOST: Final = "127.0.0.1"
@@ -299,11 +301,16 @@ def _start_guard(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            env=os.environ | env | marks,
+            env=_inherited() | env | marks,
             start_new_session=True,
         )
     except OSError as error:
         raise _start_failed(engine, plan, error.strerror or "no process could be made") from error
+
+
+def _inherited() -> dict[str, str]:
+    """Return the gateway's environment without what is the gateway's alone: its keys."""
+    return {name: v for name, v in os.environ.items() if not name.startswith(_PRIVATE)}
 
 
 def _start_failed(engine: EngineId, plan: LaunchPlan, reason: str) -> EngineStartFailed:
