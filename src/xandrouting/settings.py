@@ -56,6 +56,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="XANDROUTING_",
+        env_ignore_empty=True,  # a compose file's ${NAME:-} is no value
         frozen=True,
         extra="forbid",
         cli_prog_name="xandrouting serve",
@@ -139,7 +140,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _no_open_door(self) -> Self:
-        if self.api_key is None and not self.no_auth and not self.is_loopback:
+        if not self.api_key and not self.no_auth and not self.is_loopback:
             raise ValueError(
                 f"host {self.host} is reachable from outside: set an API key, or say --no-auth"
             )

@@ -55,8 +55,9 @@ def test_an_error_is_its_message() -> None:
 
 @pytest.mark.parametrize("error", FAMILY)
 def test_again_keeps_everything_but_the_traceback(error: type[GatewayError]) -> None:
-    first = error("qwen failed.", retry_after_s=0.0)
+    first = error("qwen failed.")
     first.param, first.details, first.detail = "model", {"n": 1}, "last lines"
+    first.retry_after_s = 0.0
     with pytest.raises(error):
         raise first
     second = first.again()

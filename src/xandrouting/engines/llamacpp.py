@@ -37,7 +37,8 @@ _FAILURES: Final[tuple[tuple[StartFailure, re.Pattern[str]], ...]] = (
         StartFailure.BAD_FILE,
         re.compile(
             r"corrupted or incomplete|invalid magic|failed to (read|open) (GGUF|file)"
-            r"|gguf_init_from_file|missing tensor|wrong (number|shape) of|failed to read key"
+            r"|gguf_init_from_(file|reader)|error loading model hyperparameters"
+            r"|missing tensor|wrong (number|shape) of|failed to read key"
         ),
     ),
     (

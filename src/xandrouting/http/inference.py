@@ -164,6 +164,7 @@ class _Call:
         kind = HOT_PATHS[self._scope["path"]]
         fields: Inference = kind.parser.parse(body)
         route = await self._api.route(fields, embeddings=kind.embeddings)
+        body = body_for(body, fields, route.asked_model)
         try:
             await self._exchange(body, fields, route)
         except UpstreamUnreachable:
@@ -191,7 +192,7 @@ class _Call:
             await forward(
                 client,
                 self._engine_path(),
-                body_for(body, fields, route.asked_model),
+                body,
                 self._answer,
                 headers=self._engine_headers(),
                 name=f"The {'upstream' if route.file is None else 'engine of'} {claim.key.model}",

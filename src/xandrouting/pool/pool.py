@@ -423,10 +423,10 @@ class EnginePool:
         """Measure the engine's memory until it exits by itself."""
         exited = asyncio.ensure_future(handle.exited())
         try:
-            while not exited.done():
-                if handle.pid is not None:
-                    engine.memory = await handle.measure()
+            while handle.pid is not None and not exited.done():
+                engine.memory = await handle.measure()
                 await asyncio.wait({exited}, timeout=MEASURE_EVERY_S)
+            await asyncio.wait({exited})
         finally:
             exited.cancel()
             await asyncio.wait({exited})

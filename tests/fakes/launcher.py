@@ -1,0 +1,280 @@
+"""Engines that are only a journal and a few timers: the pool's world, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from xandrouting.core.errors import GatewayError
+from xandrouting.core.ledger import Ledger
+from xandrouting.core.model import (
+    Backend,
+    EngineId,
+    EngineSpec,
+    LaunchPlan,
+    LoadOptions,
+    MemoryUse,
+    StartFailure,
+)
+from xandrouting.core.scheduler import Scheduler
+from xandrouting.engines.base import ModelFacts
+from xandrouting.net.client import Client
+from xandrouting.pool.pool import EnginePool, Kind
+from xandrouting.pool.probe import Health
+
+READY_LINE: Final = "ready"
+STOP_GRACE_S: Final = 10.0
+FOREVER_S: Final = 20_000.0  # no test waits as long: it hangs
+
+Memory = Callable[[float], int | None]
+"""How many bytes an engine takes at an age in seconds."""
+
+
+def name_of(engine: EngineId) -> str:
+    """`qwen#1`: the model's short name and the incarnation."""
+    model = engine.key.model.rpartition("/")[2].removesuffix(".gguf")
+    return f"{model}#{engine.incarnation}"
+
+
+class FakeHandle:
+    """An engine that says it is ready `load_s` after its start, and is gone `stop_s` after SIGTERM.
+
+    With an `exit_status` it ends instead of becoming ready.
+    """
+
+    base_url = "http://127.0.0.1:9"
+    pid = 4242
+
+    def __init__(
+        self,
+        name: str,
+        plan: LaunchPlan,
+        journal: list[str],
+        *,
+        load_s: float = 0.0,
+        stop_s: float = 0.0,
+        exit_status: int | None = None,
+        memory: Memory = lambda age_s: None,
+    ) -> None:
+        self.name = name
+        self.plan = plan
+        self.exit_status: int | None = None
+        self.measured = 0  # how often its memory was looked at
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self._journal = journal
+        self._stop_s = stop_s
+        self._memory = memory
+        self._lines: list[str] = []
+        self._said_ready = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._loading: asyncio.TimerHandle | None = None
+        self._ending: asyncio.TimerHandle | None = None
+        if plan.ready_line is None:
+            self._said_ready.set()
+        if exit_status is not None:
+            self._loading = self._loop.call_later(load_s, self.die, exit_status)
+        elif plan.ready_line is not None and load_s < FOREVER_S:
+            self._loading = self._loop.call_later(load_s, self.say, plan.ready_line)
+        journal.append(f"started {name}")
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        if self.exit_status is None:
+            self._lines.append(line)
+            if line == self.plan.ready_line:
+                self._said_ready.set()
+
+    def die(self, status: int) -> None:
+        """End by itself, or by somebody else's hand."""
+        if self.exit_status is None:
+            self.exit_status = status
+            for timer in (self._loading, self._ending):
+                if timer is not None:
+                    timer.cancel()
+            self._journal.append(f"exited {self.name}")
+            self._gone.set()
+
+    def tail(self) -> Sequence[str]:
+        return self._lines[-200:]
+
+    def activity(self) -> int:
+        return len(self._lines)
+
+    async def ready_line(self) -> None:
+        await self._said_ready.wait()
+
+    async def exited(self) -> int:
+        await self._gone.wait()
+        assert self.exit_status is not None
+        return self.exit_status
+
+    async def measure(self) -> MemoryUse:
+        self.measured += 1
+        await asyncio.sleep(0)  # as the real one, it lets others run
+        return MemoryUse(host_bytes=self._memory(self._loop.time() - self._began))
+
+    async def stop(self, *, grace_s: float) -> None:
+        if self.exit_status is not None:
+            return
+        ends_at = self._loop.time() + min(self._stop_s, grace_s)
+        if self._ending is None or ends_at < self._ending.when():
+            if self._ending is not None:
+                self._ending.cancel()
+            self._ending = self._loop.call_at(ends_at, self.die, 0)
+        await self._gone.wait()
+
+
+class FakeLauncher:
+    """Starts FakeHandles, and writes down what starts and ends.
+
+    `start_s` passes before there is a process at all. `fail` is what goes wrong with a start:
+    an exception is raised by it, a number is the status the process ends with when it should
+    be ready, after it said `says`. All may be changed between two starts.
+    """
+
+    def __init__(
+        self,
+        load_s: float = 0.0,
+        stop_s: float = 0.0,
+        *,
+        start_s: float = 0.0,
+        fail: Exception | int | None = None,
+        says: Iterable[str] = (),
+        memory: Memory = lambda age_s: None,
+    ) -> None:
+        self.load_s = load_s
+        self.stop_s = stop_s
+        self.start_s = start_s
+        self.fail = fail
+        self.says = says
+        self.memory = memory
+        self.journal: list[str] = []
+        self.handles: list[FakeHandle] = []
+
+    async def start(self, engine: EngineId, plan: LaunchPlan) -> FakeHandle:
+        try:
+            await asyncio.sleep(self.start_s)
+        except asyncio.CancelledError:
+            self.journal.append(f"cancelled {name_of(engine)}")
+            raise
+        if isinstance(self.fail, Exception):
+            raise self.fail
+        handle = FakeHandle(
+            name_of(engine),
+            plan,
+            self.journal,
+            load_s=self.load_s,
+            stop_s=self.stop_s,
+            exit_status=self.fail,
+            memory=self.memory,
+        )
+        for line in self.says:
+            handle.say(line)
+        self.handles.append(handle)
+        return handle
+
+    async def aclose(self) -> None:
+        for handle in self.handles:
+            await handle.stop(grace_s=0.0)
+
+
+class FakeAdapter:
+    """Plans nothing much: the fake launcher obeys no argv."""
+
+    backend = Backend.LLAMACPP
+
+    def __init__(
+        self,
+        *,
+        ready_line: str | None = READY_LINE,
+        failure: StartFailure = StartFailure.EXITED,
+    ) -> None:
+        self.ready_line = ready_line
+        self.failure = failure
+        self.planned: list[tuple[EngineSpec, LoadOptions, str]] = []
+        self.classified: list[tuple[list[str], int | None]] = []
+
+    def settle(self, wants: LoadOptions, facts: ModelFacts, device: str) -> LoadOptions:
+        return wants
+
+    def defaults(self, facts: ModelFacts, device: str) -> LoadOptions:
+        return LoadOptions()
+
+    def plan(self, spec: EngineSpec, options: LoadOptions, *, api_key: str) -> LaunchPlan:
+        self.planned.append((spec, options, api_key))
+        return LaunchPlan(
+            argv=("fake",),
+            api_key=api_key,
+            ready_line=self.ready_line,
+            stop_grace_s=STOP_GRACE_S,
+        )
+
+    def classify(self, tail: Sequence[str], status: int | None) -> StartFailure:
+        self.classified.append((list(tail), status))
+        return self.failure
+
+    def explain(self, status: int, error: Mapping[str, Any], path: str) -> GatewayError | None:
+        return None
+
+
+class FakeHealth:
+    """Says yes from a time on, by the loop's clock."""
+
+    def __init__(self, from_s: float = 0.0) -> None:
+        self.from_s = from_s
+        self.asked_at: list[float] = []
+
+    async def __call__(self, client: Client, plan: LaunchPlan) -> bool:
+        now = asyncio.get_running_loop().time()
+        self.asked_at.append(now)
+        return now >= self.from_s
+
+
+def make_scheduler(
+    *, max_loaded: int | None = None, ttl_s: float = 60.0, **options: Any
+) -> Scheduler:
+    return Scheduler(Ledger(max_loaded), default_ttl_s=ttl_s, **options)
+
+
+def make_pool(
+    launcher: FakeLauncher,
+    scheduler: Scheduler | None = None,
+    *,
+    adapter: FakeAdapter | None = None,
+    health: Health | None = None,
+    load_stall_s: float = 30.0,
+) -> EnginePool:
+    """A pool that has not begun; see `running` for one that has."""
+    return EnginePool(
+        scheduler or make_scheduler(),
+        {Backend.LLAMACPP: Kind(adapter or FakeAdapter(), launcher)},
+        load_stall_s=load_stall_s,
+        health=health or FakeHealth(),
+    )
+
+
+@asynccontextmanager
+async def running(
+    launcher: FakeLauncher,
+    *,
+    adapter: FakeAdapter | None = None,
+    health: Health | None = None,
+    load_stall_s: float = 30.0,
+    **scheduling: Any,
+) -> AsyncIterator[EnginePool]:
+    """A pool at work. At its end nothing may be left: no ticket, no process, no task, no timer."""
+    scheduler = make_scheduler(**scheduling)
+    pool = make_pool(launcher, scheduler, adapter=adapter, health=health, load_stall_s=load_stall_s)
+    # A ready engine is measured again and again, so the clock never stops for a deadlock.
+    async with asyncio.timeout(FOREVER_S), pool:
+        yield pool
+    assert scheduler.tickets == scheduler.queued == 0
+    assert pool.views() == []
+    assert [handle.name for handle in launcher.handles if handle.exit_status is None] == []
+    me = asyncio.current_task()
+    assert [task for task in asyncio.all_tasks() if task is not me] == []
+    loop: Any = asyncio.get_running_loop()
+    assert [timer for timer in loop._scheduled if not timer.cancelled()] == []

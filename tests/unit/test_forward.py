@@ -1,0 +1,454 @@
+"""One exchange between a client and an engine, on a clock that jumps."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, cast
+
+import pytest
+
+from tests.fakes.loop import virtual_time
+from xandrouting.core.errors import (
+    EngineError,
+    EngineRejected,
+    GatewayError,
+    UnsupportedByEngine,
+    UpstreamUnreachable,
+)
+from xandrouting.net.client import Client, ConnectError, Headers, Response, UpstreamError
+from xandrouting.proxy.forward import END_WAIT_S, ERROR_BYTES, Answer, forward
+from xandrouting.proxy.headers import EVENT_STREAM_HEADERS
+
+END = None  # the answer is complete
+CUT = UpstreamError("cut", began=True)
+Step = bytes | float | UpstreamError | None
+"""A piece of the body, a pause in seconds, a broken connection, or the end."""
+
+EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
+JSON = (b"content-type", b"application/json")
+
+
+class Wire:
+    """Stands in for a connection: each wake-up brings the next steps, up to a pause."""
+
+    def __init__(self, *wakeups: Step | Sequence[Step]) -> None:
+        self.response = Response(cast("Any", self))
+        self.finished = 0
+        self._wakeups = [w if isinstance(w, tuple) else (w,) for w in wakeups]
+
+    async def wait(self) -> None:
+        if not self._wakeups:
+            await asyncio.Event().wait()
+        for step in self._wakeups.pop(0):
+            match step:
+                case bytes():
+                    self.response.feed(step)
+                case UpstreamError():
+                    self.response.error = step
+                case float():
+                    await asyncio.sleep(step)
+                case _:
+                    self.response.complete = True
+
+    def finish(self, response: Response) -> None:
+        assert response is self.response
+        self.finished += 1
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+class Upstream:
+    """Stands in for the client: one answer to one request."""
+
+    def __init__(
+        self, *wakeups: Step | Sequence[Step], status: int = 200, headers: Headers | None = None
+    ) -> None:
+        self.wire = Wire(*wakeups)
+        self.wire.response.status = status
+        self.wire.response.headers = [EVENTS] if headers is None else headers
+        self.error: Exception | None = None
+        self.requests: list[tuple[bytes, bytes, bytes, bytes]] = []
+
+    async def request(self, method: bytes, path: bytes, body: bytes, headers: bytes) -> Response:
+        self.requests.append((method, path, body, headers))
+        if self.error is not None:
+            raise self.error
+        return self.wire.response
+
+
+class Got:
+    """What the client got, message by message."""
+
+    def __init__(self) -> None:
+        self.messages: list[MutableMapping[str, Any]] = []
+        self.times: list[float] = []
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        self.messages.append(message)
+        self.times.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(0)
+
+    @property
+    def status(self) -> int | None:
+        return self.messages[0]["status"] if self.messages else None
+
+    @property
+    def headers(self) -> Headers:
+        return self.messages[0]["headers"]
+
+    @property
+    def pieces(self) -> list[bytes]:
+        return [m["body"] for m in self.messages if m["type"] == "http.response.body"]
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.messages) and self.messages[-1].get("more_body") is False
+
+
+def no_words(status: int, error: Mapping[str, Any]) -> GatewayError | None:
+    return None
+
+
+async def relay(upstream: Upstream, got: Got, *, answer: Answer | None = None, **more: Any) -> None:
+    """Forward one request; the response is given up whatever happens."""
+    answer = answer or Answer(got.send, [(b"x-request-id", b"1")])
+    try:
+        await forward(
+            cast("Client", upstream),
+            b"/v1/chat/completions",
+            b"{}",
+            answer,
+            headers=b"content-type: application/json\r\n",
+            name="The engine of qwen",
+            explain=more.get("explain", no_words),
+        )
+    finally:
+        assert upstream.wire.finished == (upstream.error is None)
+        assert [m.get("more_body", True) for m in got.messages[:-1]] == [True] * len(
+            got.messages[:-1]
+        )
+
+
+@virtual_time
+async def test_the_request_goes_out_as_it_was_given() -> None:
+    upstream = Upstream(END)
+    await relay(upstream, Got())
+    assert upstream.requests == [
+        (b"POST", b"/v1/chat/completions", b"{}", b"content-type: application/json\r\n")
+    ]
+
+
+# Streams.
+
+
+@virtual_time
+async def test_each_event_is_sent_whole_and_as_soon_as_it_is_there() -> None:
+    got = Got()
+    await relay(
+        Upstream(
+            (1.0, b"data: a\n\n"),
+            (1.0, b"data: b"),
+            (1.0, b"b\n"),
+            (1.0, b"\ndata: c"),
+            (1.0, b"\n\ndata: d\n\n", b"data: e\n\n"),
+            (1.0, b"data: [DONE]\n\n"),
+        ),
+        got,
+    )
+    assert got.pieces == [
+        b"data: a\n\n",
+        b"data: bb\n\n",
+        b"data: c\n\ndata: d\n\ndata: e\n\n",
+        b"data: [DONE]\n\n",
+    ]
+    assert got.times[1:] == [1.0, 4.0, 5.0, 6.0]
+    assert got.ended
+
+
+@virtual_time
+async def test_headers_are_sent_before_the_first_event_comes() -> None:
+    got = Got()
+    await relay(Upstream((5.0, b"data: a\n\n"), END), got)
+    assert (got.status, got.times[0]) == (200, 0.0)
+
+
+@virtual_time
+async def test_a_stream_s_headers() -> None:
+    got = Got()
+    upstream = Upstream(
+        END,
+        headers=[
+            EVENTS,
+            (b"connection", b"close"),
+            (b"transfer-encoding", b"chunked"),
+            (b"keep-alive", b"timeout=5"),
+            (b"server", b"llama.cpp"),
+            (b"date", b"now"),
+            (b"cache-control", b"public"),
+            (b"x-accel-buffering", b"yes"),
+            (b"access-control-allow-origin", b"*"),
+            (b"set-cookie", b"a=b"),
+            (b"x-request-id", b"theirs"),
+            (b"content-length", b"7"),
+            (b"openai-model", b"qwen"),
+        ],
+    )
+    await relay(upstream, got)
+    assert got.headers == [
+        EVENTS,
+        (b"openai-model", b"qwen"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+        (b"x-request-id", b"1"),
+    ]
+
+
+@virtual_time
+async def test_done_ends_the_answer_even_if_the_engine_lingers() -> None:
+    got, upstream = Got(), Upstream(b"data: a\n\ndata: [DONE]\n\n", (0.5, END))
+    await relay(upstream, got)
+    assert got.times[-1] == 0.0
+    assert got.ended
+    assert upstream.wire.response.complete  # so the connection can be kept
+    assert asyncio.get_running_loop().time() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rest", "lasts_s"), [((), END_WAIT_S), ((b"more",), END_WAIT_S), ((CUT,), 0.0)]
+)
+@virtual_time
+async def test_an_engine_that_does_not_end_after_done_is_waited_for_a_while(
+    rest: tuple[Step, ...], lasts_s: float
+) -> None:
+    got = Got()
+    await relay(Upstream(b"data: [DONE]\n\n", *rest), got)
+    assert got.pieces == [b"data: [DONE]\n\n"]
+    assert asyncio.get_running_loop().time() == pytest.approx(lasts_s)
+
+
+@virtual_time
+async def test_done_in_pieces_is_done() -> None:
+    got = Got()
+    await relay(Upstream(b"data: [DO", b"NE]\n", (b"\n", END)), got)
+    assert got.pieces == [b"data: [DONE]\n\n"]
+
+
+@virtual_time
+async def test_done_inside_a_text_is_not_the_end() -> None:
+    got = Got()
+    event = b'data: {"content":"data: [DONE]\\n\\n"}\n\n'
+    await relay(Upstream(event, (event, END)), got)
+    assert got.pieces == [event, event]
+
+
+@pytest.mark.parametrize("last", [b"data: z", b"data: z\n"])
+@pytest.mark.parametrize("together", [True, False])
+@virtual_time
+async def test_a_last_event_without_its_empty_line_is_completed(
+    last: bytes, together: bool
+) -> None:
+    got = Got()
+    rest: list[Any] = [(b"data: y\n\n" + last, END)] if together else [b"data: y\n\n" + last, END]
+    await relay(Upstream(*rest), got)
+    assert got.pieces == [b"data: y\n\n", last + b"\n\n"]
+    assert got.ended
+
+
+@virtual_time
+async def test_crlf_streams_pass_too() -> None:
+    got = Got()
+    await relay(Upstream(b"data: a\r\n\r\ndata: b\r", b"\n\r\n", (b"x: y\r\n\r\n", END)), got)
+    assert got.pieces == [b"data: a\r\n\r\n", b"data: b\r\n\r\n", b"x: y\r\n\r\n"]
+    assert got.ended
+
+
+@virtual_time
+async def test_a_stream_that_breaks_off_is_an_error() -> None:
+    got = Got()
+    with pytest.raises(EngineError, match="The engine of qwen broke off"):
+        await relay(Upstream(b"data: a\n\ndata: hal", CUT), got)
+    assert got.pieces == [b"data: a\n\n"]  # half an event is worth nothing
+    assert not got.ended
+
+
+@virtual_time
+async def test_what_came_before_the_break_is_sent() -> None:
+    got = Got()
+    with pytest.raises(EngineError):
+        await relay(Upstream((b"data: a\n\n", CUT)), got)
+    assert got.pieces == [b"data: a\n\n"]
+
+
+@virtual_time
+async def test_an_answer_that_began_with_comments_goes_on() -> None:
+    got = Got()
+    answer = Answer(got.send, [])
+    await answer.start(200, EVENT_STREAM_HEADERS)
+    answer.events = True
+    await answer.body(b": loading\n\n")
+    await relay(Upstream((b"data: a\n\n", END)), got, answer=answer)
+    assert [m["type"] for m in got.messages] == ["http.response.start"] + ["http.response.body"] * 2
+    assert got.pieces == [b": loading\n\n", b"data: a\n\n"]
+    assert got.ended
+
+
+@virtual_time
+async def test_a_cancel_gives_the_response_up() -> None:
+    upstream, got = Upstream(b"data: a\n\n"), Got()
+    relaying = asyncio.create_task(relay(upstream, got))
+    await asyncio.sleep(10.0)
+    relaying.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await relaying
+    assert upstream.wire.finished == 1
+    assert not got.ended
+
+
+# Plain answers.
+
+
+@virtual_time
+async def test_a_plain_answer_passes_as_it_came() -> None:
+    got = Got()
+    headers = [JSON, (b"content-length", b"11")]
+    await relay(Upstream(b'{"a":1}\n\n', (b"{}", END), headers=headers), got)
+    assert got.headers == [*headers, (b"x-request-id", b"1")]
+    assert got.pieces == [b'{"a":1}\n\n', b"{}"]
+    assert got.ended
+
+
+@pytest.mark.parametrize("wakeups", [(END,), (b"", END)])
+@virtual_time
+async def test_an_empty_answer_ends(wakeups: tuple[Step, ...]) -> None:
+    got = Got()
+    await relay(Upstream(*wakeups, status=204, headers=[]), got)
+    assert (got.status, b"".join(got.pieces), got.ended) == (204, b"", True)
+
+
+@virtual_time
+async def test_a_body_whose_end_comes_later_ends() -> None:
+    got = Got()
+    await relay(Upstream(b"{}", (1.0, END), headers=[JSON]), got)
+    assert (b"".join(got.pieces), got.ended) == (b"{}", True)
+
+
+@virtual_time
+async def test_the_answer_knows_how_far_it_is() -> None:
+    got = Got()
+    answer = Answer(got.send, [])
+    assert (answer.started, answer.finished, answer.first_byte) == (False, False, None)
+    with pytest.raises(EngineError):
+        await relay(Upstream((2.0, b"data: a\n\n"), CUT), got, answer=answer)
+    assert (answer.started, answer.events, answer.finished) == (True, True, False)
+    assert answer.first_byte == 2.0
+    await answer.body(b"data: b\n\n", last=True)
+    assert (answer.finished, answer.first_byte) == (True, 2.0)
+
+
+# Refusals and failures.
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422, 429, 499])
+@virtual_time
+async def test_the_engine_s_refusal_keeps_status_and_words(status: int) -> None:
+    said = {"message": "the prompt is too long", "type": "t", "n_ctx": 4096}
+    body = json.dumps({"error": said}).encode()
+    got = Got()
+    upstream = Upstream(body[:9], (body[9:], END), status=status, headers=[JSON])
+    with pytest.raises(EngineRejected) as caught:
+        await relay(upstream, got)
+    error = caught.value
+    assert (error.status, error.message, error.error) == (status, said["message"], said)
+    assert got.messages == []
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"error":"model not found"}', "model not found"),  # Ollama
+        (b'{"object":"error","message":"bad"}', "bad"),  # older vLLM
+        (b'{"error":{"message":""}}', "The engine of qwen refused the request with status 400."),
+        (b'{"detail":"Not Found"}', "The engine of qwen refused the request with status 400."),
+        (b"<html>no</html>", "The engine of qwen refused the request with status 400."),
+        (b"", "The engine of qwen refused the request with status 400."),
+        (b"[1]", "The engine of qwen refused the request with status 400."),
+        (b"\xff\xfe", "The engine of qwen refused the request with status 400."),
+        (b"[" * 100_000, "The engine of qwen refused the request with status 400."),
+    ],
+    ids=lambda value: str(value[:20]),
+)
+@virtual_time
+async def test_a_refusal_of_any_shape_has_words(body: bytes, message: str) -> None:
+    with pytest.raises(EngineRejected) as caught:
+        await relay(Upstream((body, END), status=400, headers=[]), Got())
+    assert caught.value.message == message
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(b"7", 7.0), (b"9" * 400, 999_999_999.0), (b"soon", None), (b"-1", None), (b"", None)],
+)
+@virtual_time
+async def test_retry_after_passes_if_it_is_a_number(value: bytes, seconds: float | None) -> None:
+    upstream = Upstream(END, status=429, headers=[(b"retry-after", value)])
+    with pytest.raises(EngineRejected) as caught:
+        await relay(upstream, Got())
+    assert caught.value.retry_after_s == seconds
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 599])
+@virtual_time
+async def test_the_engine_s_failure_is_a_bad_gateway(status: int) -> None:
+    body = b'{"error":{"message":"slot is broken","code":500}}'
+    with pytest.raises(EngineError, match=f"status {status}: slot is broken") as caught:
+        await relay(Upstream((body, END), status=status, headers=[JSON]), Got())
+    assert caught.value.status == 502
+
+
+@virtual_time
+async def test_the_adapter_may_know_better() -> None:
+    asked: list[tuple[int, Mapping[str, Any]]] = []
+
+    def explain(status: int, error: Mapping[str, Any]) -> GatewayError | None:
+        asked.append((status, error))
+        return UnsupportedByEngine("no embeddings")
+
+    upstream = Upstream((b'{"error":{"message":"m"}}', END), status=501, headers=[JSON])
+    with pytest.raises(UnsupportedByEngine):
+        await relay(upstream, Got(), explain=explain)
+    assert asked == [(501, {"message": "m"})]
+
+
+@virtual_time
+async def test_only_so_much_of_an_error_is_read() -> None:
+    upstream = Upstream(*[b"x" * (ERROR_BYTES // 2)] * 3, status=500, headers=[])
+    with pytest.raises(EngineError):
+        await relay(upstream, Got())
+
+
+@virtual_time
+async def test_an_error_that_breaks_off_is_a_failure() -> None:
+    with pytest.raises(EngineError, match="broke off"):
+        await relay(Upstream(b'{"err', CUT, status=400, headers=[JSON]), Got())
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (ConnectError("refused"), UpstreamUnreachable),
+        (UpstreamError("cut", began=False), EngineError),
+        (UpstreamError("cut", began=True), EngineError),
+    ],
+)
+@virtual_time
+async def test_no_answer_at_all(raised: UpstreamError, kind: type[GatewayError]) -> None:
+    upstream, got = Upstream(), Got()
+    upstream.error = raised
+    with pytest.raises(kind, match="The engine of qwen") as caught:
+        await relay(upstream, got)
+    assert caught.value.__cause__ is raised
+    assert got.messages == []

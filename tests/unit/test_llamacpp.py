@@ -1,0 +1,309 @@
+"""What llama.cpp is told, and what its words mean."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.unit.scheduling import QWEN
+from xandrouting.core.errors import EngineRejected, GatewayError, UnsupportedByEngine
+from xandrouting.core.model import EngineSpec, LaunchPlan, LoadOptions, StartFailure
+from xandrouting.engines.base import ModelFacts
+from xandrouting.engines.llamacpp import KEY_VARIABLE, READY_LINE, LlamaCpp
+
+ADAPTER = LlamaCpp()
+FACTS = ModelFacts(size_bytes=100, context_length=32_768, layers=24)
+SMALL = replace(FACTS, context_length=2048)
+UNTOLD = ModelFacts(size_bytes=100)
+OPTIONS = LoadOptions(n_ctx=4096, n_gpu_layers=0, n_parallel=2)
+
+
+def on(device: str, spec: EngineSpec = QWEN) -> EngineSpec:
+    return replace(spec, key=replace(spec.key, device=device))
+
+
+def plan(spec: EngineSpec = QWEN, options: LoadOptions = OPTIONS) -> LaunchPlan:
+    return ADAPTER.plan(spec, options, api_key="k3y")
+
+
+def flag(launch: LaunchPlan, name: str) -> str | None:
+    if name not in launch.argv:
+        return None
+    return launch.argv[launch.argv.index(name) + 1]
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("device", "defaults"),
+    [
+        ("cpu", LoadOptions(n_ctx=4096, n_gpu_layers=0, n_parallel=2, embeddings=False)),
+        ("cuda", LoadOptions(n_ctx=4096, n_gpu_layers=-1, n_parallel=4, embeddings=False)),
+        ("cuda:1", LoadOptions(n_ctx=4096, n_gpu_layers=-1, n_parallel=4, embeddings=False)),
+    ],
+)
+def test_defaults(device: str, defaults: LoadOptions) -> None:
+    assert ADAPTER.defaults(FACTS, device) == defaults
+
+
+def test_the_default_context_is_no_larger_than_the_model_s() -> None:
+    assert ADAPTER.defaults(SMALL, "cpu").n_ctx == 2048
+    assert ADAPTER.defaults(UNTOLD, "cpu").n_ctx == 4096
+
+
+def test_a_model_made_for_vectors_gives_them_by_default() -> None:
+    assert ADAPTER.defaults(replace(FACTS, pooling=True), "cpu").embeddings is True
+
+
+@pytest.mark.parametrize(("facts", "n_ctx"), [(FACTS, 32_768), (SMALL, 2048), (UNTOLD, 4096)])
+def test_context_0_is_the_model_s_own(facts: ModelFacts, n_ctx: int) -> None:
+    assert ADAPTER.settle(LoadOptions(n_ctx=0), facts, "cpu").n_ctx == n_ctx
+
+
+def test_more_than_can_be_used_is_cut() -> None:
+    wants = LoadOptions(n_ctx=9000, n_parallel=1000)
+    assert ADAPTER.settle(wants, SMALL, "cpu") == LoadOptions(n_ctx=2048, n_parallel=256)
+    assert ADAPTER.settle(wants, FACTS, "cpu").n_ctx == 9000
+    assert ADAPTER.settle(wants, UNTOLD, "cpu").n_ctx == 9000
+
+
+@pytest.mark.parametrize("asked", [-1, 0, 7])
+def test_layers_on_a_machine_without_a_card_are_none(asked: int) -> None:
+    wants = LoadOptions(n_gpu_layers=asked)
+    assert ADAPTER.settle(wants, FACTS, "cpu").n_gpu_layers == 0
+    assert ADAPTER.settle(wants, FACTS, "cuda").n_gpu_layers == asked
+
+
+def test_what_nobody_asked_stays_unasked() -> None:
+    assert ADAPTER.settle(LoadOptions(), FACTS, "cpu") == LoadOptions()
+
+
+def test_vllm_s_options_mean_nothing_here() -> None:
+    wants = LoadOptions(n_ctx=1, max_model_len=9, gpu_memory_utilization=0.5, embeddings=True)
+    assert ADAPTER.settle(wants, FACTS, "cuda") == LoadOptions(n_ctx=1, embeddings=True)
+
+
+# The plan.
+
+
+def test_the_runner_is_this_python_s() -> None:
+    launch = plan()
+    assert launch.argv[:3] == (sys.executable, "-m", "xandrouting.engines.llamacpp_server")
+    assert flag(launch, "--model") == QWEN.source
+    assert flag(launch, "--alias") == QWEN.key.model
+    assert flag(launch, "--port") == "{port}"
+    assert (launch.ready_line, launch.health_path) == (READY_LINE, "/health")
+
+
+def test_the_context_is_for_each_request() -> None:
+    # llama.cpp divides what it is given by the slots.
+    launch = plan(options=LoadOptions(n_ctx=1000, n_parallel=3, n_gpu_layers=5))
+    assert flag(launch, "--n-ctx-total") == "3000"
+    assert flag(launch, "--n-parallel") == "3"
+    assert flag(launch, "--n-gpu-layers") == "5"
+
+
+def test_a_context_of_one_token_is_more_than_llama_cpp_takes() -> None:
+    assert flag(plan(options=LoadOptions(n_ctx=1, n_parallel=1)), "--n-ctx-total") == "2"
+
+
+def test_all_layers_and_none_are_told() -> None:
+    assert flag(plan(options=replace(OPTIONS, n_gpu_layers=-1)), "--n-gpu-layers") == "-1"
+    assert flag(plan(options=replace(OPTIONS, n_gpu_layers=0)), "--n-gpu-layers") == "0"
+
+
+def test_the_key_is_in_the_environment_and_not_in_the_process_list() -> None:
+    launch = plan()
+    assert dict(launch.env)[KEY_VARIABLE] == launch.api_key == "k3y"
+    assert not any("k3y" in argument for argument in launch.argv)
+
+
+@pytest.mark.parametrize(
+    ("device", "visible"), [("cpu", ""), ("cuda", None), ("cuda:0", "0"), ("cuda:3", "3")]
+)
+def test_the_engine_sees_the_device_it_was_given(device: str, visible: str | None) -> None:
+    env = dict(plan(on(device)).env)
+    assert env.get("CUDA_VISIBLE_DEVICES") == visible
+    assert env["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_vectors_are_pooled_as_the_model_says_or_by_their_mean() -> None:
+    made_for_it = replace(QWEN, defaults=LoadOptions(embeddings=True))
+    wanted = replace(OPTIONS, embeddings=True)
+    assert flag(plan(), "--embeddings") is None
+    assert flag(plan(QWEN, wanted), "--embeddings") == "mean"
+    assert flag(plan(made_for_it, wanted), "--embeddings") == "model"
+
+
+def test_a_projector_is_told() -> None:
+    assert flag(plan(), "--mmproj") is None
+    assert flag(plan(replace(QWEN, mmproj="/models/eyes.gguf")), "--mmproj") == "/models/eyes.gguf"
+
+
+# Why a start failed: lines that xllamacpp 2026.10 printed.
+
+AFTERWARDS = (
+    "0.00.006.443 E llama_model_load_from_file_impl: failed to load model",
+    "0.00.006.468 E cmn  common_init_: failed to load model 'm.gguf'",
+    "0.00.006.481 E srv    load_model: failed to load model, 'm.gguf'",
+    "0.00.007.685 E srv          init: exiting due to model loading error",
+    "load failed: Failed to init server, please check the input params.",
+)
+LOADER = (
+    "llama_model_load: error loading model: llama_model_loader: failed to load model from m.gguf"
+)
+KNOWN = {
+    "missing": (
+        StartFailure.BAD_FILE,
+        (
+            (
+                "0.00 E gguf_init_from_file: failed to open GGUF file 'm.gguf' (No such file or "
+                "directory)"
+            ),
+            f"0.00 E {LOADER}",
+        ),
+    ),
+    "a header cut short": (
+        StartFailure.BAD_FILE,
+        ("0.00 E gguf_init_from_reader: failed to read key-value pairs", f"0.00 E {LOADER}"),
+    ),
+    "data cut short": (
+        StartFailure.BAD_FILE,
+        (
+            (
+                "0.00 E llama_model_load: error loading model: tensor 'token_embd.weight' data is "
+                "not within the file bounds, model is corrupted or incomplete"
+            ),
+        ),
+    ),
+    "another format": (
+        StartFailure.BAD_FILE,
+        (
+            "0.00 E gguf_init_from_reader: invalid magic characters: '}X??', expected 'GGUF'",
+            f"0.00 E {LOADER}",
+        ),
+    ),
+    "an architecture of tomorrow": (
+        StartFailure.UNKNOWN_ARCHITECTURE,
+        ("0.00 E llama_model_load: error loading model: unknown model architecture: 'nonsense'",),
+    ),
+    "too much context": (
+        StartFailure.OUT_OF_MEMORY,
+        (
+            "0.00 W llama_context: n_ctx_seq (2000128) > n_ctx_train (8192)",
+            "0.33 E ggml_aligned_malloc: insufficient memory (attempted to allocate 43948.12 MB)",
+            "0.33 E ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 1",
+            (
+                "0.33 E ggml_backend_buft_alloc_buffer_n_default: failed to allocate CPU buffer of "
+                "size 46082949120"
+            ),
+            (
+                "0.35 E llama_init_from_model: failed to initialize the context: failed to "
+                "allocate buffer for kv cache"
+            ),
+        ),
+    ),
+    "a card that is full": (
+        StartFailure.OUT_OF_MEMORY,
+        ("0.33 E ggml_backend_cuda_buffer_type_alloc_buffer: cudaMalloc failed: out of memory",),
+    ),
+    "a port that is taken": (
+        StartFailure.PORT_IN_USE,
+        (
+            "0.00 E srv start: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 18182",
+            "0.00 E srv init: exiting due to HTTP server error",
+        ),
+    ),
+    "no xllamacpp": (
+        StartFailure.MISSING_LIBRARY,
+        ("Traceback (most recent call last):", "ModuleNotFoundError: No module named 'xllamacpp'"),
+    ),
+    "no libgomp": (
+        StartFailure.MISSING_LIBRARY,
+        ("ImportError: libgomp.so.1: cannot open shared object file: No such file or directory",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_the_engine_s_words_are_understood(case: str) -> None:
+    failure, lines = KNOWN[case]
+    chatter = [f"0.00.001 I llama: line {number}" for number in range(50)]
+    assert ADAPTER.classify([*chatter, *lines, *AFTERWARDS], 1) is failure
+    assert ADAPTER.classify(lines, -9) is failure  # words say more than a signal
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0.00 E gguf_init_from_reader: failed to read magic",
+        (
+            "0.00 E llama_model_load: error loading model: error loading model hyperparameters: "
+            "key not found in model: llama.attention.layer_norm_rms_epsilon"
+        ),
+    ],
+    ids=["empty", "without its figures"],
+)
+def test_these_words_are_understood_too(line: str) -> None:
+    assert ADAPTER.classify([line, *AFTERWARDS], 1) is StartFailure.BAD_FILE
+
+
+@pytest.mark.parametrize(
+    ("status", "failure"),
+    [
+        (-9, StartFailure.KILLED),
+        (-15, StartFailure.KILLED),
+        (-6, StartFailure.EXITED),  # its own doing
+        (1, StartFailure.EXITED),
+        (0, StartFailure.EXITED),
+        (None, StartFailure.EXITED),
+    ],
+)
+def test_without_words_the_status_tells(status: int | None, failure: StartFailure) -> None:
+    assert ADAPTER.classify([], status) is failure
+    assert ADAPTER.classify(["loading tensors", "ready soon"], status) is failure
+
+
+# What an error answer means.
+
+
+def explained(status: int, **error: Any) -> GatewayError | None:
+    return ADAPTER.explain(status, error, "/v1/rerank")
+
+
+@pytest.mark.parametrize("status", [404, 501])
+def test_what_is_not_served_is_said_so(status: int) -> None:
+    error = explained(status, message="This server does not support reranking.", code=status)
+    assert isinstance(error, UnsupportedByEngine)
+    assert "/v1/rerank" in error.message
+    assert "does not support reranking" in error.message
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Failed to parse messages: missing role",
+        "image input is not supported - hint: you may need to provide the mmproj",
+        "Invalid grammar",
+        "Logprobs is not supported by this server",
+    ],
+)
+def test_the_request_s_fault_is_no_server_error(message: str) -> None:
+    error = explained(500, message=message, code=500)
+    assert isinstance(error, EngineRejected)
+    assert (error.status, error.message) == (400, message)
+    assert error.error["message"] == message
+    assert error.error["code"] is None
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(500, "slot is broken"), (500, ""), (503, "Loading model"), (400, "Invalid x"), (401, "key")],
+)
+def test_other_answers_mean_what_their_status_says(status: int, message: str) -> None:
+    assert explained(status, message=message) is None
+    assert ADAPTER.explain(status, {}, "/v1/rerank") is None
