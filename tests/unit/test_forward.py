@@ -18,7 +18,7 @@ from xandrouting.core.errors import (
     UpstreamUnreachable,
 )
 from xandrouting.net.client import Client, ConnectError, Headers, Response, UpstreamError
-from xandrouting.proxy.forward import END_WAIT_S, ERROR_BYTES, Answer, forward
+from xandrouting.proxy.forward import END_WAIT_S, ERROR_BYTES, Answer, ask, relay
 from xandrouting.proxy.headers import EVENT_STREAM_HEADERS
 
 END = None  # the answer is complete
@@ -113,19 +113,21 @@ def no_words(status: int, error: Mapping[str, Any]) -> GatewayError | None:
     return None
 
 
-async def relay(upstream: Upstream, got: Got, *, answer: Answer | None = None, **more: Any) -> None:
+async def forward(
+    upstream: Upstream, got: Got, *, answer: Answer | None = None, **more: Any
+) -> None:
     """Forward one request; the response is given up whatever happens."""
     answer = answer or Answer(got.send, [(b"x-request-id", b"1")])
     try:
-        await forward(
+        response = await ask(
             cast("Client", upstream),
             b"/v1/chat/completions",
             b"{}",
-            answer,
             headers=b"content-type: application/json\r\n",
             name="The engine of qwen",
             explain=more.get("explain", no_words),
         )
+        await relay(response, answer, name="The engine of qwen")
     finally:
         assert upstream.wire.finished == (upstream.error is None)
         assert [m.get("more_body", True) for m in got.messages[:-1]] == [True] * len(
@@ -136,7 +138,7 @@ async def relay(upstream: Upstream, got: Got, *, answer: Answer | None = None, *
 @virtual_time
 async def test_the_request_goes_out_as_it_was_given() -> None:
     upstream = Upstream(END)
-    await relay(upstream, Got())
+    await forward(upstream, Got())
     assert upstream.requests == [
         (b"POST", b"/v1/chat/completions", b"{}", b"content-type: application/json\r\n")
     ]
@@ -172,7 +174,7 @@ async def test_each_event_is_sent_whole_and_as_soon_as_it_is_there() -> None:
 @virtual_time
 async def test_headers_are_sent_before_the_first_event_comes() -> None:
     got = Got()
-    await relay(Upstream((5.0, b"data: a\n\n"), END), got)
+    await forward(Upstream((5.0, b"data: a\n\n"), END), got)
     assert (got.status, got.times[0]) == (200, 0.0)
 
 
@@ -197,7 +199,7 @@ async def test_a_stream_s_headers() -> None:
             (b"openai-model", b"qwen"),
         ],
     )
-    await relay(upstream, got)
+    await forward(upstream, got)
     assert got.headers == [
         EVENTS,
         (b"openai-model", b"qwen"),
@@ -210,7 +212,7 @@ async def test_a_stream_s_headers() -> None:
 @virtual_time
 async def test_done_ends_the_answer_even_if_the_engine_lingers() -> None:
     got, upstream = Got(), Upstream(b"data: a\n\ndata: [DONE]\n\n", (0.5, END))
-    await relay(upstream, got)
+    await forward(upstream, got)
     assert got.times[-1] == 0.0
     assert got.ended
     assert upstream.wire.response.complete  # so the connection can be kept
@@ -225,7 +227,7 @@ async def test_an_engine_that_does_not_end_after_done_is_waited_for_a_while(
     rest: tuple[Step, ...], lasts_s: float
 ) -> None:
     got = Got()
-    await relay(Upstream(b"data: [DONE]\n\n", *rest), got)
+    await forward(Upstream(b"data: [DONE]\n\n", *rest), got)
     assert got.pieces == [b"data: [DONE]\n\n"]
     assert asyncio.get_running_loop().time() == pytest.approx(lasts_s)
 
@@ -233,7 +235,7 @@ async def test_an_engine_that_does_not_end_after_done_is_waited_for_a_while(
 @virtual_time
 async def test_done_in_pieces_is_done() -> None:
     got = Got()
-    await relay(Upstream(b"data: [DO", b"NE]\n", (b"\n", END)), got)
+    await forward(Upstream(b"data: [DO", b"NE]\n", (b"\n", END)), got)
     assert got.pieces == [b"data: [DONE]\n\n"]
 
 
@@ -241,7 +243,7 @@ async def test_done_in_pieces_is_done() -> None:
 async def test_done_inside_a_text_is_not_the_end() -> None:
     got = Got()
     event = b'data: {"content":"data: [DONE]\\n\\n"}\n\n'
-    await relay(Upstream(event, (event, END)), got)
+    await forward(Upstream(event, (event, END)), got)
     assert got.pieces == [event, event]
 
 
@@ -253,7 +255,7 @@ async def test_a_last_event_without_its_empty_line_is_completed(
 ) -> None:
     got = Got()
     rest: list[Any] = [(b"data: y\n\n" + last, END)] if together else [b"data: y\n\n" + last, END]
-    await relay(Upstream(*rest), got)
+    await forward(Upstream(*rest), got)
     assert got.pieces == [b"data: y\n\n", last + b"\n\n"]
     assert got.ended
 
@@ -261,7 +263,7 @@ async def test_a_last_event_without_its_empty_line_is_completed(
 @virtual_time
 async def test_crlf_streams_pass_too() -> None:
     got = Got()
-    await relay(Upstream(b"data: a\r\n\r\ndata: b\r", b"\n\r\n", (b"x: y\r\n\r\n", END)), got)
+    await forward(Upstream(b"data: a\r\n\r\ndata: b\r", b"\n\r\n", (b"x: y\r\n\r\n", END)), got)
     assert got.pieces == [b"data: a\r\n\r\n", b"data: b\r\n\r\n", b"x: y\r\n\r\n"]
     assert got.ended
 
@@ -270,7 +272,7 @@ async def test_crlf_streams_pass_too() -> None:
 async def test_a_stream_that_breaks_off_is_an_error() -> None:
     got = Got()
     with pytest.raises(EngineError, match="The engine of qwen broke off"):
-        await relay(Upstream(b"data: a\n\ndata: hal", CUT), got)
+        await forward(Upstream(b"data: a\n\ndata: hal", CUT), got)
     assert got.pieces == [b"data: a\n\n"]  # half an event is worth nothing
     assert not got.ended
 
@@ -279,7 +281,7 @@ async def test_a_stream_that_breaks_off_is_an_error() -> None:
 async def test_what_came_before_the_break_is_sent() -> None:
     got = Got()
     with pytest.raises(EngineError):
-        await relay(Upstream((b"data: a\n\n", CUT)), got)
+        await forward(Upstream((b"data: a\n\n", CUT)), got)
     assert got.pieces == [b"data: a\n\n"]
 
 
@@ -290,7 +292,7 @@ async def test_an_answer_that_began_with_comments_goes_on() -> None:
     await answer.start(200, EVENT_STREAM_HEADERS)
     answer.events = True
     await answer.body(b": loading\n\n")
-    await relay(Upstream((b"data: a\n\n", END)), got, answer=answer)
+    await forward(Upstream((b"data: a\n\n", END)), got, answer=answer)
     assert [m["type"] for m in got.messages] == ["http.response.start"] + ["http.response.body"] * 2
     assert got.pieces == [b": loading\n\n", b"data: a\n\n"]
     assert got.ended
@@ -315,7 +317,7 @@ async def test_a_cancel_gives_the_response_up() -> None:
 async def test_a_plain_answer_passes_as_it_came() -> None:
     got = Got()
     headers = [JSON, (b"content-length", b"11")]
-    await relay(Upstream(b'{"a":1}\n\n', (b"{}", END), headers=headers), got)
+    await forward(Upstream(b'{"a":1}\n\n', (b"{}", END), headers=headers), got)
     assert got.headers == [*headers, (b"x-request-id", b"1")]
     assert got.pieces == [b'{"a":1}\n\n', b"{}"]
     assert got.ended
@@ -325,14 +327,14 @@ async def test_a_plain_answer_passes_as_it_came() -> None:
 @virtual_time
 async def test_an_empty_answer_ends(wakeups: tuple[Step, ...]) -> None:
     got = Got()
-    await relay(Upstream(*wakeups, status=204, headers=[]), got)
+    await forward(Upstream(*wakeups, status=204, headers=[]), got)
     assert (got.status, b"".join(got.pieces), got.ended) == (204, b"", True)
 
 
 @virtual_time
 async def test_a_body_whose_end_comes_later_ends() -> None:
     got = Got()
-    await relay(Upstream(b"{}", (1.0, END), headers=[JSON]), got)
+    await forward(Upstream(b"{}", (1.0, END), headers=[JSON]), got)
     assert (b"".join(got.pieces), got.ended) == (b"{}", True)
 
 
@@ -342,7 +344,7 @@ async def test_the_answer_knows_how_far_it_is() -> None:
     answer = Answer(got.send, [])
     assert (answer.started, answer.finished, answer.first_byte) == (False, False, None)
     with pytest.raises(EngineError):
-        await relay(Upstream((2.0, b"data: a\n\n"), CUT), got, answer=answer)
+        await forward(Upstream((2.0, b"data: a\n\n"), CUT), got, answer=answer)
     assert (answer.started, answer.events, answer.finished) == (True, True, False)
     assert answer.first_byte == 2.0
     await answer.body(b"data: b\n\n", last=True)
@@ -360,7 +362,7 @@ async def test_the_engine_s_refusal_keeps_status_and_words(status: int) -> None:
     got = Got()
     upstream = Upstream(body[:9], (body[9:], END), status=status, headers=[JSON])
     with pytest.raises(EngineRejected) as caught:
-        await relay(upstream, got)
+        await forward(upstream, got)
     error = caught.value
     assert (error.status, error.message, error.error) == (status, said["message"], said)
     assert got.messages == []
@@ -384,7 +386,7 @@ async def test_the_engine_s_refusal_keeps_status_and_words(status: int) -> None:
 @virtual_time
 async def test_a_refusal_of_any_shape_has_words(body: bytes, message: str) -> None:
     with pytest.raises(EngineRejected) as caught:
-        await relay(Upstream((body, END), status=400, headers=[]), Got())
+        await forward(Upstream((body, END), status=400, headers=[]), Got())
     assert caught.value.message == message
 
 
@@ -396,7 +398,7 @@ async def test_a_refusal_of_any_shape_has_words(body: bytes, message: str) -> No
 async def test_retry_after_passes_if_it_is_a_number(value: bytes, seconds: float | None) -> None:
     upstream = Upstream(END, status=429, headers=[(b"retry-after", value)])
     with pytest.raises(EngineRejected) as caught:
-        await relay(upstream, Got())
+        await forward(upstream, Got())
     assert caught.value.retry_after_s == seconds
 
 
@@ -405,7 +407,7 @@ async def test_retry_after_passes_if_it_is_a_number(value: bytes, seconds: float
 async def test_the_engine_s_failure_is_a_bad_gateway(status: int) -> None:
     body = b'{"error":{"message":"slot is broken","code":500}}'
     with pytest.raises(EngineError, match=f"status {status}: slot is broken") as caught:
-        await relay(Upstream((body, END), status=status, headers=[JSON]), Got())
+        await forward(Upstream((body, END), status=status, headers=[JSON]), Got())
     assert caught.value.status == 502
 
 
@@ -419,7 +421,7 @@ async def test_the_adapter_may_know_better() -> None:
 
     upstream = Upstream((b'{"error":{"message":"m"}}', END), status=501, headers=[JSON])
     with pytest.raises(UnsupportedByEngine):
-        await relay(upstream, Got(), explain=explain)
+        await forward(upstream, Got(), explain=explain)
     assert asked == [(501, {"message": "m"})]
 
 
@@ -427,13 +429,13 @@ async def test_the_adapter_may_know_better() -> None:
 async def test_only_so_much_of_an_error_is_read() -> None:
     upstream = Upstream(*[b"x" * (ERROR_BYTES // 2)] * 3, status=500, headers=[])
     with pytest.raises(EngineError):
-        await relay(upstream, Got())
+        await forward(upstream, Got())
 
 
 @virtual_time
 async def test_an_error_that_breaks_off_is_a_failure() -> None:
     with pytest.raises(EngineError, match="broke off"):
-        await relay(Upstream(b'{"err', CUT, status=400, headers=[JSON]), Got())
+        await forward(Upstream(b'{"err', CUT, status=400, headers=[JSON]), Got())
 
 
 @pytest.mark.parametrize(
@@ -449,6 +451,6 @@ async def test_no_answer_at_all(raised: UpstreamError, kind: type[GatewayError])
     upstream, got = Upstream(), Got()
     upstream.error = raised
     with pytest.raises(kind, match="The engine of qwen") as caught:
-        await relay(upstream, got)
+        await forward(upstream, got)
     assert caught.value.__cause__ is raised
     assert got.messages == []

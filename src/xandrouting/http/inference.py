@@ -21,7 +21,7 @@ from xandrouting.http.gate import Gate
 from xandrouting.http.protocol import closing_connection
 from xandrouting.inventory.inventory import Inventory
 from xandrouting.pool.pool import Claim, Engine, EnginePool
-from xandrouting.proxy.forward import Answer, Send, forward
+from xandrouting.proxy.forward import Answer, Send, ask, relay
 from xandrouting.proxy.headers import EVENT_STREAM_HEADERS
 from xandrouting.proxy.request import BodyParser, Chat, Inference, Routing, body_for
 from xandrouting.proxy.sse import comment
@@ -124,12 +124,13 @@ class InferenceApi:
 class _Call:
     """One request on a hot path."""
 
-    __slots__ = ("_answer", "_api", "_arrived", "_left", "_scope", "_status", "_task")
+    __slots__ = ("_answer", "_api", "_arrived", "_body", "_left", "_scope", "_status", "_task")
 
     def __init__(self, api: InferenceApi, scope: Scope, send: Send) -> None:
         self._api = api
         self._scope = scope
         self._arrived = asyncio.get_running_loop().time()
+        self._body = b""  # what the engine gets; empty again once it has begun to answer
         self._left = False
         self._status = 200
         self._task: asyncio.Task[Any] | None = None
@@ -141,11 +142,11 @@ class _Call:
         watcher: asyncio.Task[None] | None = None
         try:
             self._api.gate.check("POST", self._scope["path"], self._scope["headers"])
-            body = await read_body(self._scope, receive, self._api.max_body_bytes)
+            self._body = await read_body(self._scope, receive, self._api.max_body_bytes)
             loop = asyncio.get_running_loop()
             self._task = asyncio.current_task(loop)
             watcher = loop.create_task(self._watch(receive))
-            await self._serve(body)
+            await self._serve()
         except GatewayError as error:
             await self._fail(error, watcher)
         except ClientLeft:
@@ -160,44 +161,48 @@ class _Call:
                 watcher.cancel()
             self._count(stats)
 
-    async def _serve(self, body: bytes) -> None:
+    async def _serve(self) -> None:
         kind = HOT_PATHS[self._scope["path"]]
-        fields: Inference = kind.parser.parse(body)
+        fields: Inference = kind.parser.parse(self._body)
         route = await self._api.route(fields, embeddings=kind.embeddings)
-        body = body_for(body, fields, route.asked_model)
+        self._body = body_for(self._body, fields, route.asked_model)
+        spelling, stream = fields.model, fields.stream is True
+        del fields  # parts of it hold on to the whole body, and a stream may last for long
         try:
-            await self._exchange(body, fields, route)
+            await self._exchange(route, spelling, stream=stream)
         except UpstreamUnreachable:
             if route.file is None:
                 raise
             # An engine of ours that listens no more has just died, and its end is on its way
             # to the scheduler. It never saw the request, so the next one may.
             await self._api.pool.until_gone(route.spec.key, timeout_s=DEATH_WAIT_S)
-            await self._exchange(body, fields, route)
+            await self._exchange(route, spelling, stream=stream)
 
-    async def _exchange(self, body: bytes, fields: Inference, route: Route) -> None:
+    async def _exchange(self, route: Route, spelling: str, *, stream: bool) -> None:
         """Hold a lease for as long as the engine's answer lasts."""
         api, path = self._api, self._scope["path"]
         claim = api.pool.claim(
             route.spec,
             ttl_s=route.ttl_s,
             wait_s=api.max_load_wait_s,
-            spelling=fields.model,
+            spelling=spelling,
         )
         try:
-            engine = claim.engine or await self._wait(claim, stream=fields.stream is True)
+            engine = claim.engine or await self._wait(claim, stream=stream)
             self._tell(claim, engine, route)
             client = engine.client
             assert client is not None  # a granted engine listens
-            await forward(
+            name = f"The {'upstream' if route.file is None else 'engine of'} {claim.key.model}"
+            response = await ask(
                 client,
                 self._engine_path(),
-                body,
-                self._answer,
+                self._body,
                 headers=self._engine_headers(),
-                name=f"The {'upstream' if route.file is None else 'engine of'} {claim.key.model}",
+                name=name,
                 explain=lambda status, error: engine.adapter.explain(status, error, path),
             )
+            self._body = b""
+            await relay(response, self._answer, name=name)
         finally:
             claim.release()
 

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
-PAUSE_BYTES: Final = 256 * 1024  # unread bytes of one response at which its socket is not read on
+PAUSE_BYTES: Final = 64 * 1024  # unread bytes of one response at which its socket is not read on
+TAKE_BYTES: Final = 64 * 1024  # at most so much of it is handed on at once
 IDLE_S: Final = 4.0  # engines close a connection after 5 idle seconds; be earlier
 MAX_IDLE: Final = 128  # idle connections kept per engine
 JOIN_BYTES: Final = 64 * 1024  # a request up to this size leaves in one write
@@ -64,16 +65,37 @@ class Response:
         return None
 
     def take(self) -> bytes:
-        """Return every body byte that has come and was not taken yet; b"" for none."""
+        """Return body bytes that have come and were not taken yet; b"" for none.
+
+        All of them, up to about `TAKE_BYTES`: what a client that does not read keeps in
+        memory is a few times this much.
+        """
         chunks = self._chunks
-        if not chunks:
-            return b""
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        chunks.clear()
-        if self._size >= PAUSE_BYTES:
+        if self._size <= TAKE_BYTES:
+            data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            chunks.clear()
+        else:
+            data = self._take_some()
+        self._size -= len(data)
+        if self._size < PAUSE_BYTES:
             self._connection.resume_reading()
-        self._size = 0
         return data
+
+    def _take_some(self) -> bytes:
+        size = count = 0
+        while size < TAKE_BYTES:
+            size += len(self._chunks[count])
+            count += 1
+        data = b"".join(self._chunks[:count])
+        del self._chunks[:count]
+        if size > TAKE_BYTES:
+            self._chunks.insert(0, data[TAKE_BYTES:])
+        return data[:TAKE_BYTES]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the body has come and was taken to its end."""
+        return self.complete and not self._chunks
 
     async def more(self) -> bool:
         """Wait until `take` has something; return False when the body has ended instead.

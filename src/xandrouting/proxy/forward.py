@@ -1,6 +1,6 @@
 """One exchange: a request to an engine, its answer to the client as it comes.
 
-The caller holds the lease for as long as `forward` runs, and cancels it when the client
+The caller holds the lease from `ask` to the end of `relay`, and cancels both when the client
 leaves; the connection to the engine is then cut at once.
 """
 
@@ -62,22 +62,17 @@ class Answer:
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 
 
-async def forward(
-    client: Client,
-    path: bytes,
-    body: bytes,
-    answer: Answer,
-    *,
-    headers: bytes,
-    name: str,
-    explain: Explain,
-) -> None:
-    """Send `body` to the engine and its answer to the client.
+async def ask(
+    client: Client, path: bytes, body: bytes, *, headers: bytes, name: str, explain: Explain
+) -> Response:
+    """Send `body` to the engine and return its answer once that has begun.
 
-    `name` is what errors call the engine. `headers` are whole lines for the engine.
+    `name` is what errors call the engine. `headers` are whole lines for the engine. End the
+    answer with `relay`.
 
     Raises:
-        GatewayError: before or after `answer` started; the caller tells the client.
+        UpstreamUnreachable: nobody listens there; the engine never saw the request.
+        GatewayError: it broke off, or refused; the error says what it said.
     """
     try:
         response = await client.request(b"POST", path, body, headers)
@@ -87,9 +82,24 @@ async def forward(
         ) from error
     except UpstreamError as error:
         raise _died(name) from error
+    if response.status < 400:
+        return response
     try:
-        if response.status >= 400:
-            raise await _rejection(response, name, explain)
+        raise await _rejection(response, name, explain)
+    except UpstreamError as error:
+        raise _died(name) from error
+    finally:
+        response.close()
+
+
+async def relay(response: Response, answer: Answer, *, name: str) -> None:
+    """Send the engine's answer on to the client, and close it however this ends.
+
+    Raises:
+        EngineError: the engine broke off, before or after `answer` started; the caller
+            tells the client.
+    """
+    try:
         await _relay(response, answer)
     except UpstreamError as error:
         raise _died(name) from error
@@ -117,7 +127,7 @@ async def _relay(response: Response, answer: Answer) -> None:
                 await _finish(response)
                 return
         if data:
-            last = response.complete and not held
+            last = response.ended and not held
             await answer.body(data, last=last)
             if last:
                 return
