@@ -161,7 +161,7 @@ def dispatcher(inference: InferenceApi, control: Asgi, gate: Gate) -> Asgi:
             return
         if scope["type"] == "http":
             try:
-                gate.check(scope["method"], scope["path"], scope["headers"])
+                gate.check(scope["method"], scope["path"], dict(scope["headers"]))
                 if hot:
                     raise MethodNotAllowed(f"{scope['path']} takes POST.")
             except GatewayError as error:

@@ -44,8 +44,8 @@ class Client:
 
 
 async def read(client: Client, limit: int = LIMIT, **headers: str) -> bytes:
-    scope = {"headers": [(n.replace("_", "-").encode(), v.encode()) for n, v in headers.items()]}
-    return await read_body(scope, client.receive, limit)
+    pairs = {n.replace("_", "-").encode(): v.encode() for n, v in headers.items()}
+    return await read_body(pairs, client.receive, limit)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ async def test_the_request_goes_out_as_it_was_given() -> None:
 @virtual_time
 async def test_each_event_is_sent_whole_and_as_soon_as_it_is_there() -> None:
     got = Got()
-    await relay(
+    await forward(
         Upstream(
             (1.0, b"data: a\n\n"),
             (1.0, b"data: b"),
@@ -301,7 +301,7 @@ async def test_an_answer_that_began_with_comments_goes_on() -> None:
 @virtual_time
 async def test_a_cancel_gives_the_response_up() -> None:
     upstream, got = Upstream(b"data: a\n\n"), Got()
-    relaying = asyncio.create_task(relay(upstream, got))
+    relaying = asyncio.create_task(forward(upstream, got))
     await asyncio.sleep(10.0)
     relaying.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -18,7 +18,7 @@ def check(
     """Return what the gate raised, or None."""
     pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     try:
-        gate.check(method, path, [(b"host", host.encode("latin-1")), *pairs])
+        gate.check(method, path, dict([(b"host", host.encode("latin-1")), *pairs]))
     except GatewayError as error:
         return type(error)
     return None

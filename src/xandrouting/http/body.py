@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final
 
 from xandrouting.core.errors import BodyTooLarge, InvalidRequest
@@ -18,7 +18,7 @@ class ClientLeft(Exception):
     """The client closed its connection; nobody is there to answer."""
 
 
-async def read_body(scope: MutableMapping[str, Any], receive: Receive, limit: int) -> bytes:
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
     """Return the whole body.
 
     A body over `limit` is read on and thrown away before the error, within bounds: a client
@@ -29,8 +29,9 @@ async def read_body(scope: MutableMapping[str, Any], receive: Receive, limit: in
         BodyTooLarge: over `limit` bytes.
         ClientLeft: the client closed before the end.
     """
-    declared, waits = _declared(scope)
-    if declared > limit and waits:
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise InvalidRequest("Compressed request bodies are not supported.")
+    if b"expect" in headers and _length(headers) > limit:
         raise _too_large(limit)
     message = await receive()
     if message["type"] == "http.disconnect":
@@ -55,17 +56,10 @@ async def read_body(scope: MutableMapping[str, Any], receive: Receive, limit: in
     return b"".join(parts)
 
 
-def _declared(scope: MutableMapping[str, Any]) -> tuple[int, bool]:
-    """Return the length the client says and whether it waits for our word to send."""
-    length, waits = 0, False
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit():
-            length = int(value)
-        elif name == b"expect":
-            waits = value.lower() == b"100-continue"
-        elif name == b"content-encoding" and value.lower() != b"identity":
-            raise InvalidRequest("Compressed request bodies are not supported.")
-    return length, waits
+def _length(headers: Mapping[bytes, bytes]) -> int:
+    """Return the body's length as the client says it; 0: it does not."""
+    length = headers.get(b"content-length", b"")
+    return int(length) if length.isdigit() else 0
 
 
 async def _discard(receive: Receive) -> None:

@@ -243,7 +243,7 @@ def _add_model_calls(app: FastAPI, services: Services) -> None:
     )
     async def load(request: Request) -> LoadedItem:
         """Load a model; with `wait: false` answer 202 at once."""
-        body = await read_body(request.scope, request.receive, MAX_CONTROL_BYTES)
+        body = await read_body(dict(request.scope["headers"]), request.receive, MAX_CONTROL_BYTES)
         wanted = load_parser.parse(body)
         route = await services.inference.route(wanted, embeddings=wanted.embeddings is True)
         claim = pool.claim(route.spec, ttl_s=route.ttl_s, spelling=wanted.model)
@@ -264,7 +264,7 @@ def _add_model_calls(app: FastAPI, services: Services) -> None:
     @app.post("/v1/models/unload", tags=["models"], openapi_extra=request_body(UnloadRequest))
     async def unload(request: Request) -> Unloaded:
         """Unload a model's engines and answer when they are gone; busy ones end first."""
-        body = await read_body(request.scope, request.receive, MAX_CONTROL_BYTES)
+        body = await read_body(dict(request.scope["headers"]), request.receive, MAX_CONTROL_BYTES)
         wanted = unload_parser.parse(body)
         going = _engines_of(services, wanted)
         if not going and wanted.backend not in (None, "auto"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from xandrouting.core.errors import Forbidden, Unauthorized
@@ -36,7 +36,7 @@ class Gate:
         self._known_hosts: set[bytes] = set()  # Host headers found to be ours
         self._origins = frozenset(origin.lower().encode() for origin in origins)
 
-    def check(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def check(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> None:
         """Let the request pass, or raise.
 
         Raises:
@@ -44,27 +44,25 @@ class Gate:
             Forbidden: a web page of another origin asks for a change, or the Host is a name
                 this server does not go by.
         """
-        key = host = origin = b""
-        for name, value in headers:
-            if name == b"host":
-                host = value
-            elif name == b"authorization":
-                key = value[7:] if value[:7].lower() == b"bearer " else key
-            elif name == b"x-api-key":
-                key = key or value
-            elif name == b"origin":
-                origin = value.lower()
+        host = headers.get(b"host", b"")
         if self._check_host and host not in self._known_hosts and not self._is_ours(host):
             raise Forbidden(
                 "This server does not go by that host name. "
                 "Use localhost or an address, or add the name to allowed_hosts."
             )
+        origin = headers.get(b"origin", b"").lower()
         if origin and method not in _SAFE_METHODS and not self._is_allowed(origin, host.lower()):
             raise Forbidden("Web pages of that origin may not do this. See cors_origins.")
-        if self._key is not None and path not in OPEN_PATHS and _digest(key.strip()) != self._key:
+        if self._key is not None and path not in OPEN_PATHS and not self._opens(headers):
             raise Unauthorized(
                 "The API key is missing or wrong. Send it as `Authorization: Bearer …`."
             )
+
+    def _opens(self, headers: Mapping[bytes, bytes]) -> bool:
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            key = headers.get(b"x-api-key", b"")
+        return _digest(key.strip()) == self._key
 
     def _is_ours(self, host: bytes) -> bool:
         if len(self._known_hosts) >= MAX_KNOWN_HOSTS:

@@ -1,7 +1,7 @@
 """The hot paths: requests that go to an engine. Plain ASGI, looked up before FastAPI.
 
-Each call is one coroutine: read, route, claim, forward, release. A second one watches for
-the client's leaving, during a long prefill too, when nothing is sent, and cancels the first.
+Each call is one coroutine: read, route, claim, ask, relay, release. The connection tells of
+the client's leaving, during a long prefill too, when nothing is sent, and cancels it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xandrouting.core.errors import GatewayError, ModelNotFound, UpstreamUnreach
 from xandrouting.http.body import ClientLeft, Receive, read_body
 from xandrouting.http.errors import headers_of, to_bytes, to_sse
 from xandrouting.http.gate import Gate
-from xandrouting.http.protocol import closing_connection
+from xandrouting.http.protocol import Connection, connection_of
 from xandrouting.inventory.inventory import Inventory
 from xandrouting.pool.pool import Claim, Engine, EnginePool
 from xandrouting.proxy.forward import Answer, Send, ask, relay
@@ -124,12 +124,25 @@ class InferenceApi:
 class _Call:
     """One request on a hot path."""
 
-    __slots__ = ("_answer", "_api", "_arrived", "_body", "_left", "_scope", "_status", "_task")
+    __slots__ = (
+        "_answer",
+        "_api",
+        "_arrived",
+        "_body",
+        "_headers",
+        "_left",
+        "_loop",
+        "_scope",
+        "_status",
+        "_task",
+    )
 
     def __init__(self, api: InferenceApi, scope: Scope, send: Send) -> None:
         self._api = api
         self._scope = scope
-        self._arrived = asyncio.get_running_loop().time()
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._loop = asyncio.get_running_loop()
+        self._arrived = self._loop.time()
         self._body = b""  # what the engine gets; empty again once it has begun to answer
         self._left = False
         self._status = 200
@@ -137,18 +150,17 @@ class _Call:
         self._answer = Answer(send, [(b"x-request-id", self._request_id())])
 
     async def run(self, receive: Receive) -> None:
-        stats = self._api.stats
-        stats.active += 1
-        watcher: asyncio.Task[None] | None = None
+        api, scope = self._api, self._scope
+        connection = connection_of(scope)
+        api.stats.active += 1
         try:
-            self._api.gate.check("POST", self._scope["path"], self._scope["headers"])
-            self._body = await read_body(self._scope, receive, self._api.max_body_bytes)
-            loop = asyncio.get_running_loop()
-            self._task = asyncio.current_task(loop)
-            watcher = loop.create_task(self._watch(receive))
+            api.gate.check("POST", scope["path"], self._headers)
+            self._body = await read_body(self._headers, receive, api.max_body_bytes)
+            self._task = asyncio.current_task(self._loop)
+            connection.on_lost = self._client_left
             await self._serve()
         except GatewayError as error:
-            await self._fail(error, watcher)
+            await self._fail(error, connection)
         except ClientLeft:
             self._left = True
         except asyncio.CancelledError:
@@ -157,9 +169,8 @@ class _Call:
             if self._task is not None:
                 self._task.uncancel()
         finally:
-            if watcher is not None:
-                watcher.cancel()
-            self._count(stats)
+            connection.on_lost = None
+            self._count(api.stats)
 
     async def _serve(self) -> None:
         kind = HOT_PATHS[self._scope["path"]]
@@ -206,10 +217,7 @@ class _Call:
         finally:
             claim.release()
 
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        # The server says so too when the answer is complete.
+    def _client_left(self) -> None:
         if not self._answer.finished and self._task is not None:
             self._left = True
             self._task.cancel()
@@ -256,7 +264,7 @@ class _Call:
             told = f"{route.device_fallback}->{route.spec.key.device}"
             self._answer.headers.append((b"x-xandrouting-device-fallback", told.encode()))
 
-    async def _fail(self, error: GatewayError, watcher: asyncio.Task[None] | None) -> None:
+    async def _fail(self, error: GatewayError, connection: Connection) -> None:
         """Tell the client of an error, as far as it can still be told."""
         self._status = error.status
         if error.status >= 500:
@@ -269,41 +277,42 @@ class _Call:
             await answer.body(body, last=True)
             return
         self._api.stats.stream_errors += 1
-        with closing_connection(self._scope):
-            if answer.events:
+        if answer.events:
+            with connection.closing():
                 await answer.body(to_sse(error), last=True)
-        if not answer.events and watcher is not None:
-            # A plain answer that is cut short: only the closed connection can say so.
-            answer.finished = True
-            await asyncio.wait({watcher})
+            return
+        # A plain answer that is cut short: only the closed connection can say so. The server
+        # would call it our mistake if we ended before it knows.
+        lost = asyncio.Event()
+        connection.on_lost = lost.set
+        connection.close()
+        await lost.wait()
 
     def _count(self, stats: RequestStats) -> None:
         stats.active -= 1
         if self._left:
             stats.cancelled += 1
             return
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         stats.answered[self._scope["path"], self._status] += 1
         stats.duration.add(now - self._arrived)
         if self._answer.first_byte is not None:
             stats.first_byte.add(self._answer.first_byte - self._arrived)
 
     def _request_id(self) -> bytes:
-        for name, value in self._scope["headers"]:
-            if name == b"x-request-id":
-                if 0 < len(value) <= MAX_REQUEST_ID and value.isascii():
-                    return bytes(value)
-                break
+        value = self._headers.get(b"x-request-id", b"")
+        if 0 < len(value) <= MAX_REQUEST_ID and value.isascii():
+            return value
         return self._api.request_id()
 
     def _engine_path(self) -> bytes:
         query = self._scope["query_string"]
-        path: bytes = self._scope["path"].encode()
+        path: bytes = self._scope["raw_path"]
         return path + b"?" + query if query else path
 
     def _engine_headers(self) -> bytes:
         lines = [b"content-type: application/json\r\n"]
         lines += [
-            b"%b: %b\r\n" % pair for pair in self._scope["headers"] if pair[0] in _PASSED_HEADERS
+            b"%b: %b\r\n" % (n, self._headers[n]) for n in _PASSED_HEADERS & self._headers.keys()
         ]
         return b"".join(lines)

@@ -1,7 +1,8 @@
-"""uvicorn's HTTP protocol, with two things ASGI lacks.
+"""uvicorn's HTTP protocol, with three things ASGI lacks.
 
-A stream that fails can have its connection closed, and an answer's headers leave in one
-write with the first piece of its body: one system call and one wake-up of the client less.
+A request is told at once that its client has left, without a task of its own that waits for
+it; a stream that fails can have its connection closed; and an answer's headers leave in one
+write with the first piece of its body.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -18,23 +19,42 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 CONNECTION: Final = "xandrouting.connection"
 
 
-class _Joining:
+class Connection:
     """A transport that joins the write of an answer's headers with the next one.
 
-    Headers that nothing follows in the same turn of the loop leave at its end.
+    Headers that nothing follows in the same turn of the loop leave at its end. `on_lost` is
+    called when the connection is gone, whoever closed it; whose request is under way sets it.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
+        self.on_lost: Callable[[], None] | None = None
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._headers_next = False
         self._held = b""
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close after what the block sends, and let both leave in one packet.
+
+        A client that saw the end of the answer first would take the connection for kept,
+        and lose its next request with it.
+        """
+        if hasattr(socket, "TCP_CORK"):
+            fd = self._transport.get_extra_info("socket").fileno()
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as same:
+                same.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        try:
+            yield
+        finally:
+            self.close()
 
     def expect_headers(self) -> None:
         """Hold back what is written next."""
         self._headers_next = True
 
     def write(self, data: bytes) -> None:
+        """Send, or hold back for the next write."""
         if self._headers_next:
             self._headers_next = False
             self._held = data
@@ -47,6 +67,7 @@ class _Joining:
             self._transport.write(data)
 
     def close(self) -> None:
+        """Close once everything written is out."""
         self._flush()
         self._transport.close()
 
@@ -60,41 +81,32 @@ class _Joining:
 
 
 class Protocol(HttpToolsProtocol):
-    """Puts the connection's transport into the scope, under its extensions."""
+    """Puts the connection into each request's scope, under its extensions."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin a connection."""
         super().connection_made(transport)
-        self._joining = _Joining(transport)
-        self.transport = cast("asyncio.Transport", self._joining)
+        self._connection = Connection(transport)
+        self.transport = cast("asyncio.Transport", self._connection)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End a connection."""
+        super().connection_lost(exc)
+        if self._connection.on_lost is not None:
+            self._connection.on_lost()
 
     def on_message_begin(self) -> None:
         """Begin a request's scope."""
         super().on_message_begin()
-        self.scope["extensions"] = {CONNECTION: self.transport}  # type: ignore[dict-item]
+        self.scope["extensions"] = {CONNECTION: self._connection}  # type: ignore[dict-item]
 
     def on_headers_complete(self) -> None:
         """Begin a request's answer."""
-        self._joining.expect_headers()
+        self._connection.expect_headers()
         super().on_headers_complete()
 
 
-@contextlib.contextmanager
-def closing_connection(scope: MutableMapping[str, Any]) -> Iterator[None]:
-    """Close the connection after what the block sends, and let both leave in one packet.
-
-    A client that saw the end of the answer first would take the connection for kept, and
-    lose its next request with it. Under another server than ours nothing is closed.
-    """
-    connection = scope.get("extensions", {}).get(CONNECTION)
-    if connection is None:
-        yield
-        return
-    if hasattr(socket, "TCP_CORK"):
-        fd = connection.get_extra_info("socket").fileno()
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as same:
-            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
-    try:
-        yield
-    finally:
-        connection.close()
+def connection_of(scope: MutableMapping[str, Any]) -> Connection:
+    """Return the connection a request came on."""
+    connection: Connection = scope["extensions"][CONNECTION]
+    return connection
