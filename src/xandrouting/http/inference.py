@@ -250,8 +250,7 @@ class _Call:
             ready = engine.ready or claim.asked
             queue_s = max(0.0, engine.started - claim.asked)
             load_s = max(0.0, ready - max(engine.started, claim.asked))
-            caused = engine.started >= claim.asked
-            load = b"%b;dur=%.3f" % (b"cold" if caused else b"waited", load_s)
+            load = b"%b;dur=%.3f" % (b"cold" if claim.first else b"waited", load_s)
         stats.queue_wait.add(queue_s)
         if self._answer.started:
             return

@@ -85,6 +85,7 @@ class Engine:
     memory: MemoryUse = field(default_factory=MemoryUse)
     progress: Progress = field(default_factory=Progress)
     stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    granted: bool = False  # somebody has had a lease on it
     forced: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -104,7 +105,7 @@ class Engine:
 class Claim:
     """One ticket: a request's way to an engine. End it with `release()`, whatever it became."""
 
-    __slots__ = ("_future", "_pool", "asked", "engine", "error", "hit", "key", "ticket")
+    __slots__ = ("_future", "_pool", "asked", "engine", "error", "first", "hit", "key", "ticket")
 
     def __init__(self, pool: EnginePool, ticket: Ticket, key: ModelKey, asked: float) -> None:
         self._pool = pool
@@ -115,6 +116,7 @@ class Claim:
         self.engine: Engine | None = None
         self.error: GatewayError | None = None
         self.hit = False  # granted at once
+        self.first = False  # the first lease on its engine: what the load was for
 
     async def granted(self) -> Engine:
         """Wait for the engine.
@@ -298,6 +300,8 @@ class EnginePool:
             case Grant(ticket, engine_id):
                 claim = self._claims[ticket]
                 claim.engine = engine = self._engines[engine_id]
+                claim.first = not engine.granted
+                engine.granted = True
                 engine.spelling = self._spellings.get(engine_id.key, engine.spelling)
                 claim.settle()
             case Refuse(ticket, error):
