@@ -1,0 +1,156 @@
+"""The real model's engine: the one the gateway started, and the same one bare."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import stage
+from bench.processes import BenchError, cpu_s, running
+
+MODELS = Path(".cache/models")
+CHAT = "/v1/chat/completions"
+READY = "xandrouting-engine ready"
+KEY = "XANDROUTING_ENGINE_KEY"
+
+WATCH_EVERY_S = 0.005
+REST_S = 0.15  # an engine that used no CPU for so long does not generate
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A running llama.cpp, asked straight."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    port: int
+    pid: int
+
+    @property
+    def key(self) -> str:
+        return self.env[KEY]
+
+    def busy(self) -> bool:
+        """Whether one of its slots works, by its own word."""
+        slots = call(self.port, "GET", "/slots", key=self.key)
+        return any(slot["is_processing"] for slot in slots)
+
+    def free_at(self, timeout_s: float = 60.0) -> float:
+        """Wait until no slot works; return when that began, by the monotonic clock.
+
+        `/slots` is asked only once the process has rested: each answer llama.cpp gives wakes
+        those that wait for theirs, and it looks for clients that left when none woke for a
+        second. Asking on and on would keep it from ever looking.
+        """
+        worked = time.monotonic()
+        used, deadline = cpu_s(self.pid), worked + timeout_s
+        while time.monotonic() < deadline:
+            time.sleep(WATCH_EVERY_S)
+            now, used_now = time.monotonic(), cpu_s(self.pid)
+            if used_now > used:
+                worked, used = now, used_now
+            elif now - worked > REST_S:
+                if not self.busy():
+                    return worked
+                worked = now
+        raise BenchError("the engine never became free")
+
+
+@contextlib.contextmanager
+def gateway() -> Iterator[stage.Contender]:
+    """Run the gateway with the starter model, and no engine yet. Engines run on every core."""
+    if not any(MODELS.rglob("*.gguf")):
+        raise BenchError(f"no model in {MODELS}: run `make bench`, or scripts/fetch_starter.py")
+    with stage.gateway("--models-dir", str(MODELS), "--default-ttl", "0") as contender:
+        yield contender
+
+
+def model_of(gateway: stage.Contender) -> str:
+    return call(gateway.port, "GET", "/v1/models")["data"][0]["id"]
+
+
+def load(gateway: stage.Contender, **options: int) -> Engine:
+    """Load the model anew with these options; return its engine, to be asked straight."""
+    unload(gateway)
+    body = {"model": model_of(gateway), **options}
+    call(gateway.port, "POST", "/v1/models/load", body)
+    (loaded,) = call(gateway.port, "GET", "/v1/models/loaded")["models"]
+    process = Path(f"/proc/{loaded['pid']}")
+    argv = process.joinpath("cmdline").read_text().split("\0")[:-1]
+    lines = process.joinpath("environ").read_text().split("\0")[:-1]
+    env = dict(line.split("=", 1) for line in lines)
+    return Engine(tuple(argv), env, int(argv[argv.index("--port") + 1]), loaded["pid"])
+
+
+def unload(gateway: stage.Contender) -> None:
+    call(gateway.port, "POST", "/v1/models/unload-all", {"force": True})
+
+
+@contextlib.contextmanager
+def bare(like: Engine) -> Iterator[Engine]:
+    """Run the same engine with nothing around it; begins once it is ready."""
+    port = stage.free_port()
+    argv = list(like.argv)
+    argv[argv.index("--port") + 1] = str(port)
+    with running(argv, env=like.env) as process:
+        process.wait_for(READY)
+        yield Engine(tuple(argv), like.env, port, process.pid)
+
+
+def call(
+    port: int, method: str, path: str, body: Mapping[str, Any] | None = None, *, key: str = ""
+) -> Any:
+    """Return the JSON answer of a whole request."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120.0)
+    try:
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, _headers(key))
+        answer = connection.getresponse()
+        text = answer.read()
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise BenchError(f"{method} {path}: {answer.status} {text[:300]!r}")
+    return json.loads(text)
+
+
+@contextlib.contextmanager
+def asked(port: int, body: Mapping[str, Any], *, key: str = "") -> Iterator[socket.socket]:
+    """Send a chat request; the client leaves at the end of the block, whatever came."""
+    data = json.dumps(body).encode()
+    head = [f"POST {CHAT} HTTP/1.1", f"host: 127.0.0.1:{port}", f"content-length: {len(data)}"]
+    head += [f"{name}: {value}" for name, value in _headers(key).items()]
+    with socket.create_connection(("127.0.0.1", port), timeout=120.0) as connection:
+        connection.sendall("\r\n".join([*head, "", ""]).encode() + data)
+        yield connection
+
+
+def read_events(connection: socket.socket, count: int) -> None:
+    """Read on until so many events have begun."""
+    seen = b""
+    while seen.count(b"data: ") < count:
+        data = connection.recv(1 << 16)
+        if not data:
+            raise BenchError(f"the stream ended early: {seen[-300:]!r}")
+        seen += data
+
+
+def read_to_end(connection: socket.socket) -> None:
+    tail = b""
+    while not tail.endswith(b"0\r\n\r\n"):
+        data = connection.recv(1 << 16)
+        if not data:
+            raise BenchError(f"the stream ended early: {tail!r}")
+        tail = (tail + data)[-300:]
+
+
+def _headers(key: str) -> dict[str, str]:
+    headers = {"content-type": "application/json"}
+    return headers | {"authorization": f"Bearer {key}"} if key else headers

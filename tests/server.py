@@ -1,0 +1,357 @@
+"""The real server as a process, and what tests ask of it and of its engines."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import httpx2
+import psutil
+
+from tests.fakes.processes import all_gone, is_gone
+from tests.waiting import wait_for
+
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".cache" / "models"
+STARTER = "smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = f"/models/{STARTER}"
+ENGINE_MODULE = "xandrouting.engines.llamacpp_server"
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 40.0
+
+
+@functools.cache
+def starter() -> Path:
+    """Return the starter model's file; it is fetched when it is not there yet."""
+    path = CACHE / STARTER
+    if not path.exists():
+        script = ROOT / "scripts" / "fetch_starter.py"
+        subprocess.run([sys.executable, str(script), str(CACHE)], check=True, timeout=100)
+    assert path.exists(), "the starter model could not be fetched: `make test` needs it once"
+    return path
+
+
+def models_dir(root: Path, *names: str) -> Path:
+    """Fill `root` with the starter model under each name; without a name, under its own.
+
+    They are hard links where that is possible: remove a file before you write it.
+    """
+    for name in names or (STARTER,):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            link_or_copy(starter(), path)
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def clean_environment() -> dict[str, str]:
+    """Return our environment without what the server would read as settings."""
+    bare = ("HOST", "PORT", "MODELS_DIR", "DEFAULT_TTL", "CORS_ORIGINS")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in bare and not name.startswith("XANDROUTING_")
+    }
+
+
+class Server:
+    """`xandrouting serve` on a free port. Use as a context, or call `start` and `close`.
+
+    Settings are keywords: `max_loaded=1` is `XANDROUTING_MAX_LOADED=1`.
+    """
+
+    def __init__(self, models: Path, data: Path, *arguments: str, **settings: object) -> None:
+        self.models = models
+        self.data = data
+        self._arguments = arguments
+        self._settings = settings
+        self._process: psutil.Popen | None = None
+        self._client: httpx2.Client | None = None
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> Self:
+        """Start it and return when it serves."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        settings = {f"XANDROUTING_{n.upper()}": str(v) for n, v in self._settings.items()}
+        folders = ("--models-dir", str(self.models), "--data-dir", str(self.data))
+        argv = [sys.executable, "-m", "xandrouting", "serve", *folders]
+        settings.setdefault("XANDROUTING_PORT", "0")
+        stdout, stderr = self.data / "stdout", self.data / "stderr"
+        with stdout.open("wb") as out, stderr.open("ab") as log:
+            self._process = psutil.Popen(
+                [*argv, *self._arguments],
+                env=clean_environment() | settings,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=log,
+                cwd=self.data,
+            )
+        try:
+            wait_for(lambda: "\n" in stdout.read_text() or is_gone(self.process), START_TIMEOUT_S)
+            word, _, url = stdout.read_text().partition("\n")[0].partition(" ")
+            assert word == "ready", f"the server did not start:\n{self.log()}"
+        except AssertionError:
+            self.close()
+            raise
+        self.url = url
+        self._client = httpx2.Client(
+            base_url=url,
+            timeout=30.0,
+            trust_env=False,
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
+        )
+        return self
+
+    def close(self) -> None:
+        """End it whatever it does, and show what it logged (pytest shows it on failure)."""
+        if self._client is not None:
+            self._client.close()
+        if self._process is not None:
+            tree = self.tree()
+            if self._process.poll() is None:
+                self._process.terminate()
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except psutil.TimeoutExpired:
+                self._process.kill()
+                self._process.wait(STOP_TIMEOUT_S)
+            wait_for(all_gone(tree), 10.0)
+        print(self.log(), file=sys.stderr)
+
+    # The process.
+
+    @property
+    def process(self) -> psutil.Popen:
+        assert self._process is not None, "not started"
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Send SIGTERM; return the exit status."""
+        self.signal()
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Wait for its end; return the exit status."""
+        return int(self.process.wait(timeout_s))
+
+    def kill9(self) -> None:
+        self.process.kill()
+        self.process.wait(5)
+
+    def log(self) -> str:
+        """Return what it wrote to stderr so far."""
+        path = self.data / "stderr"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def starts(self, model: str = "") -> int:
+        """Return how many engines it started, of `model` or of all, by its log."""
+        return self.log().count(f"engine starting engine={model}")
+
+    def tree(self) -> list[psutil.Process]:
+        """Return every process below it: guards, engines and their children."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def engines(self) -> list[psutil.Process]:
+        """Return the engines' processes, without their guards."""
+        return [process for process in self.tree() if is_engine(process)]
+
+    def engine_processes(self, model: str = "") -> list[EngineProcess]:
+        """Return the engines to be asked directly, of `model` or all."""
+        found = [EngineProcess.of(process) for process in self.engines()]
+        return [engine for engine in found if engine.model == model or not model]
+
+    def engine(self, model: str = "") -> EngineProcess:
+        """Return the only engine, of `model` or of all."""
+        [engine] = self.engine_processes(model)
+        return engine
+
+    # Calls.
+
+    @property
+    def client(self) -> httpx2.Client:
+        assert self._client is not None, "not started"
+        return self._client
+
+    def get(self, path: str, **options: Any) -> httpx2.Response:
+        return self.client.get(path, **options)
+
+    def post(self, path: str, body: object = None, **options: Any) -> httpx2.Response:
+        return self.client.post(path, json=body, **options)
+
+    def chat(self, text: str = "Hi", **fields: Any) -> httpx2.Response:
+        """Ask a chat question; `fields` go into the body and over its defaults."""
+        return self.post("/v1/chat/completions", chat_body(text, **fields))
+
+    @contextmanager
+    def stream(self, text: str = "Hi", **fields: Any) -> Iterator[Stream]:
+        """Ask a chat question and read the answer as it comes."""
+        body = chat_body(text, **{"stream": True, **fields})
+        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            yield Stream(response)
+
+    def load(self, model: str = MODEL, **fields: Any) -> dict[str, Any]:
+        return ok(self.post("/v1/models/load", {"model": model, **fields}))
+
+    def unload(self, model: str = MODEL, **fields: Any) -> httpx2.Response:
+        return self.post("/v1/models/unload", {"model": model, **fields})
+
+    def loaded(self) -> list[dict[str, Any]]:
+        models: list[dict[str, Any]] = ok(self.get("/v1/models/loaded"))["models"]
+        return models
+
+    def stats(self) -> dict[str, Any]:
+        return ok(self.get("/v1/models/stats"))
+
+
+@dataclass(frozen=True)
+class EngineProcess:
+    """One engine, asked without the gateway between."""
+
+    process: psutil.Process
+    model: str  # the canonical id
+    port: int
+    key: str
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Self:
+        argv = process.cmdline()
+        key = process.environ()["XANDROUTING_ENGINE_KEY"]
+        model, port = (argv[argv.index(flag) + 1] for flag in ("--alias", "--port"))
+        return cls(process, model, int(port), key)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"}
+
+    def get(self, path: str) -> Any:
+        answer = httpx2.get(f"{self.url}{path}", headers=self.headers, trust_env=False)
+        return ok(answer)
+
+    def slots(self) -> list[dict[str, Any]]:
+        slots: list[dict[str, Any]] = self.get("/slots")
+        return slots
+
+    def busy(self) -> int:
+        """Return how many of its slots work."""
+        return sum(slot["is_processing"] for slot in self.slots())
+
+
+class Stream:
+    """The events of an answer, as far as they have come."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self.response = response
+        self._lines = response.iter_lines()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield what stands behind each `data: `."""
+        for line in self._lines:
+            if line:
+                assert line.startswith("data: "), line
+                yield line.removeprefix("data: ")
+
+    def first(self) -> str:
+        return next(iter(self))
+
+    def rest(self) -> list[str]:
+        return list(self)
+
+
+def is_engine(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[1:3] == ["-m", ENGINE_MODULE]
+    except psutil.Error:
+        return False
+
+
+def chat_body(text: str = "Hi", **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}]
+    return {"model": MODEL, "messages": messages, "max_tokens": 8, "temperature": 0} | fields
+
+
+def ok(response: httpx2.Response, status: int = 200) -> Any:
+    """Return what the answer holds; fail when it is not what was expected."""
+    assert response.status_code == status, f"{response.status_code} {response.text[:2000]}"
+    return response.json()
+
+
+def text_of(response: httpx2.Response) -> str:
+    text: str = ok(response)["choices"][0]["message"]["content"]
+    return text
+
+
+def error_of(response: httpx2.Response, status: int, code: str) -> dict[str, Any]:
+    """Return the error object; fail unless the answer is that error, whole and harmless."""
+    assert response.status_code == status, f"{response.status_code} {response.text[:2000]}"
+    return check_error(response.json(), code)
+
+
+def check_error(body: dict[str, Any], code: str) -> dict[str, Any]:
+    error: dict[str, Any] = body["error"]
+    assert error["code"] == code, error
+    message = error["message"]
+    assert body["detail"] == message
+    assert isinstance(message, str)
+    assert message
+    assert error["type"]
+    assert "param" in error
+    for word in ("JSON", "Unexpected", "Traceback", str(ROOT), "/tmp", ".py"):
+        assert word not in message, message
+    return error
+
+
+def deltas(events: list[str]) -> str:
+    """Return the text of a stream's events up to [DONE]."""
+    chunks = [json.loads(event) for event in events if event != "[DONE]"]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
+@contextmanager
+def together(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Run calls at the same time; leaving waits for all of them."""
+    with ThreadPoolExecutor(count) as pool:
+        yield pool
+
+
+def results(futures: list[Future[Any]], timeout_s: float = 60.0) -> list[Any]:
+    return [future.result(timeout_s) for future in futures]
