@@ -28,12 +28,13 @@ from xandrouting.core.scheduler import Scheduler
 from xandrouting.engines.llamacpp import LIST_DEVICES, LlamaCpp
 from xandrouting.engines.upstream import Upstream
 from xandrouting.http.body import Receive
-from xandrouting.http.control import Services, build_control
+from xandrouting.http.control import build_control
 from xandrouting.http.errors import headers_of, to_bytes
 from xandrouting.http.gate import Gate
 from xandrouting.http.inference import HOT_PATHS, InferenceApi, Scope
 from xandrouting.http.protocol import Protocol
 from xandrouting.http.schemas import EngineStatus
+from xandrouting.http.services import Services
 from xandrouting.inventory.inventory import Inventory
 from xandrouting.launch.devices import cuda_devices
 from xandrouting.launch.external import ExternalLauncher

@@ -1,0 +1,28 @@
+"""What the control calls ask and command, handed to them as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from xandrouting.http.inference import InferenceApi
+from xandrouting.http.schemas import EngineStatus
+from xandrouting.inventory.inventory import Inventory
+from xandrouting.pool.pool import EnginePool
+from xandrouting.routing.catalog import Catalog
+from xandrouting.telemetry.metrics import Metrics
+from xandrouting.telemetry.requests import RequestStats
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The rooms behind the control calls. `backends` tells what can serve here, and why not."""
+
+    version: str
+    inference: InferenceApi
+    pool: EnginePool
+    catalog: Catalog
+    inventory: Inventory
+    stats: RequestStats
+    metrics: Metrics
+    backends: Callable[[], Mapping[str, EngineStatus]]
