@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import httpx2
 import pytest
 
-from tests.server import MODEL, STARTER, Server, chat_body, deltas, error_of, ok, text_of
+from tests.server import (
+    ENGINE_MODULE,
+    MODEL,
+    STARTER,
+    Server,
+    chat_body,
+    deltas,
+    error_of,
+    ok,
+    starter,
+    text_of,
+)
+from xandrouting.launch.local import reserve_port
 
 SPELLINGS = [
     MODEL,
@@ -234,3 +249,20 @@ def test_image_for_a_model_without_eyes_is_the_clients_fault(server: Server) -> 
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
     answer = server.chat(messages=[{"role": "user", "content": [image]}])
     error_of(answer, 400, "engine_rejected")
+
+
+def test_ready_line_is_written_whole_and_as_a_line_of_its_own() -> None:
+    """llama.cpp's threads write their lines in pieces to the same pipe: none may come between."""
+    model = ("--model", str(starter()), "--alias", MODEL, "--port", str(reserve_port()))
+    size = ("--n-ctx-total", "256", "--n-parallel", "1", "--n-gpu-layers", "0")
+    env = os.environ | {"XANDROUTING_ENGINE_KEY": "key"}
+    argv = [sys.executable, "-m", ENGINE_MODULE, *model, *size]
+    with subprocess.Popen(
+        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as engine:
+        assert engine.stdout is not None
+        first = os.read(engine.stdout.fileno(), 4096)
+        engine.terminate()
+        assert engine.stdout.read() == b""
+    assert first.startswith(b"\nxandrouting-engine ready http://127.0.0.1:")
+    assert first.endswith(b"\n")

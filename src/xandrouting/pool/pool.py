@@ -409,7 +409,7 @@ class EnginePool:
     def _became_ready(self, engine: Engine) -> None:
         engine.ready = self._loop.time()
         engine.loaded_at = engine.used_at = time.time()
-        self.loads += 1
+        self.loads += engine.spec.footprint.engines  # an upstream is there already
         log.info("engine ready engine=%s load_s=%.2f", engine.id, engine.load_seconds)
         self._dispatch(EngineReady(engine.id))
 
