@@ -91,7 +91,7 @@ def _say_hello(gateway: Gateway, url: str, *, with_key: bool) -> None:
     smallest = min(models, key=lambda model: model.size_bytes)
     key = ' -H "Authorization: Bearer $XANDROUTING_API_KEY"' if with_key else ""
     body = (
-        f'{{"model": "{smallest.id}", "stream": true, '
+        f'{{"model": "{smallest.id}", "stream": true, "max_tokens": 200, '
         '"messages": [{"role": "user", "content": "Hello! Who are you?"}]}'
     )
     typer.echo(
