@@ -13,8 +13,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-PAUSE_BYTES: Final = 64 * 1024  # unread bytes of one response at which its socket is not read on
-TAKE_BYTES: Final = 64 * 1024  # at most so much of it is handed on at once
+PAUSE_BYTES: Final = 64 * 1024  # unread bytes at which a socket is not read on; handed on at once
 IDLE_S: Final = 4.0  # engines close a connection after 5 idle seconds; be earlier
 MAX_IDLE: Final = 128  # idle connections kept per engine
 JOIN_BYTES: Final = 64 * 1024  # a request up to this size leaves in one write
@@ -67,15 +66,16 @@ class Response:
     def take(self) -> bytes:
         """Return body bytes that have come and were not taken yet; b"" for none.
 
-        All of them, up to about `TAKE_BYTES`: what a client that does not read keeps in
+        All of them, up to about `PAUSE_BYTES`: what a client that does not read keeps in
         memory is a few times this much.
         """
         chunks = self._chunks
-        if self._size <= TAKE_BYTES:
+        if self._size < PAUSE_BYTES:
             data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             chunks.clear()
-        else:
-            data = self._take_some()
+            self._size = 0
+            return data
+        data = self._take_some()
         self._size -= len(data)
         if self._size < PAUSE_BYTES:
             self._connection.resume_reading()
@@ -83,14 +83,14 @@ class Response:
 
     def _take_some(self) -> bytes:
         size = count = 0
-        while size < TAKE_BYTES:
+        while size < PAUSE_BYTES:
             size += len(self._chunks[count])
             count += 1
         data = b"".join(self._chunks[:count])
         del self._chunks[:count]
-        if size > TAKE_BYTES:
-            self._chunks.insert(0, data[TAKE_BYTES:])
-        return data[:TAKE_BYTES]
+        if size > PAUSE_BYTES:
+            self._chunks.insert(0, data[PAUSE_BYTES:])
+        return data[:PAUSE_BYTES]
 
     @property
     def ended(self) -> bool:
