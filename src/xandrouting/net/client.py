@@ -15,6 +15,7 @@ import httptools
 
 PAUSE_BYTES: Final = 64 * 1024  # unread bytes at which a socket is not read on; handed on at once
 IDLE_S: Final = 4.0  # engines close a connection after 5 idle seconds; be earlier
+RACE_S: Final = 1.0  # one that closes later than this after a request had read it
 MAX_IDLE: Final = 128  # idle connections kept per engine
 JOIN_BYTES: Final = 64 * 1024  # a request up to this size leaves in one write
 
@@ -332,9 +333,9 @@ class Client:
         """Send one request and return the answer once its headers are here.
 
         `headers` are whole lines, each with its CRLF. A request that went out on a kept
-        connection which closed without one byte of answer is sent once more on a fresh
-        one: the upstream closed it for idleness and never read the request. Cancelling
-        cuts the connection.
+        connection which closed at once and without one byte of answer is sent once more on
+        a fresh one: the upstream closed it for idleness and never read the request.
+        Cancelling cuts the connection.
 
         Raises:
             ConnectError: nobody listens there, or not within the connect timeout.
@@ -350,10 +351,11 @@ class Client:
         )
         kept = self._take_idle()
         if kept is not None:
+            sent = self._loop.time()
             try:
                 return await kept.exchange(head, body)
             except UpstreamError as error:
-                if error.began:
+                if error.began or self._loop.time() - sent > RACE_S:
                     raise
         connection = await self._connect()
         return await connection.exchange(head, body)

@@ -108,7 +108,8 @@ class _StallWatch:
             self._measured_at = self._loop.time()
             host_bytes = (await self._handle.measure()).host_bytes
             self._progress.host_bytes = host_bytes
-            if host_bytes is not None and abs(host_bytes - self._seen_bytes) >= MOVED_BYTES:
+            # Growth alone counts: the PSS of mapped pages also moves when others map them.
+            if host_bytes is not None and host_bytes >= self._seen_bytes + MOVED_BYTES:
                 self._seen_bytes, self._moved_at = host_bytes, self._loop.time()
         if self._loop.time() - self._moved_at >= self._stall_s:
             raise StartError(StartFailure.STALLED, None)
