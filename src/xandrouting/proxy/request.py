@@ -124,11 +124,13 @@ def body_for(body: bytes, fields: Routing, model: str) -> bytes:
         raw = _RAW_OBJECT.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise _broken() from None
-    if fields.model == model and not raw.keys() & CUT:
+    size = len(raw)
+    for name in CUT:
+        raw.pop(name, None)
+    if len(raw) == size and fields.model == model:
         return body
-    kept = {name: value for name, value in raw.items() if name not in CUT}
-    kept["model"] = Raw(_ENCODER.encode(model))
-    return _ENCODER.encode(kept)
+    raw["model"] = Raw(_ENCODER.encode(model))
+    return _ENCODER.encode(raw)
 
 
 def _broken() -> InvalidRequest:
