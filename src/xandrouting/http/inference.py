@@ -242,7 +242,7 @@ class _Call:
     def _tell(self, claim: Claim, engine: Engine, route: Route) -> None:
         """Say in the headers which engine it is and what the wait for it was."""
         stats = self._api.stats
-        load, queue_s = b"hit", 0.0
+        load, queue, queue_s = b"hit", b"dur=0.000", 0.0
         if claim.hit:
             stats.hits += 1
         else:
@@ -251,13 +251,14 @@ class _Call:
             queue_s = max(0.0, engine.started - claim.asked)
             load_s = max(0.0, ready - max(engine.started, claim.asked))
             load = b"%b;dur=%.3f" % (b"cold" if claim.first else b"waited", load_s)
+            queue = b"dur=%.3f" % queue_s
         stats.queue_wait.add(queue_s)
         if self._answer.started:
             return
         self._answer.headers[1:] = [
             (b"x-xandrouting-engine", engine.label),
             (b"x-xandrouting-load", load),
-            (b"x-xandrouting-queue", b"dur=%.3f" % queue_s),
+            (b"x-xandrouting-queue", queue),
         ]
         if route.device_fallback is not None:
             told = f"{route.device_fallback}->{route.spec.key.device}"

@@ -71,6 +71,10 @@ class Connection:
         self._flush()
         self._transport.close()
 
+    def is_closing(self) -> bool:
+        """Whether it is closed or about to be."""
+        return self._transport.is_closing()
+
     def _flush(self) -> None:
         if self._held:
             data, self._held = self._held, b""

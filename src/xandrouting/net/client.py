@@ -240,13 +240,10 @@ class _Connection(asyncio.Protocol):
             raise
         return response
 
-    async def wait(self) -> None:
-        """Wait for the next news of this connection."""
+    def wait(self) -> asyncio.Future[None]:
+        """Return what the next news of this connection ends; one waits at a time."""
         waiter = self._waiter = self._loop.create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
+        return waiter
 
     def pause_reading(self) -> None:
         if not self._paused and self._transport is not None:
