@@ -185,7 +185,8 @@ class _Call:
             if route.file is None:
                 raise
             # An engine of ours that listens no more has just died, and its end is on its way
-            # to the scheduler. It never saw the request, so the next one may.
+            # to the scheduler. The next one may have the request: this one refused it, or
+            # closed a kept connection on it at once (`RACE_S` in net/client.py).
             await self._api.pool.until_gone(route.spec.key, timeout_s=DEATH_WAIT_S)
             await self._exchange(route, spelling, stream=stream)
 
