@@ -21,9 +21,10 @@ import uvloop
 from starlette.middleware.cors import CORSMiddleware
 
 from xandrouting import __version__
+from xandrouting.core.budget import BudgetTooLarge, budget_bytes
 from xandrouting.core.errors import GatewayError, MethodNotAllowed
 from xandrouting.core.ledger import Ledger
-from xandrouting.core.model import Backend
+from xandrouting.core.model import HOST, Backend, EngineSpec
 from xandrouting.core.scheduler import Scheduler
 from xandrouting.engines.llamacpp import LIST_DEVICES, LlamaCpp
 from xandrouting.engines.upstream import Upstream
@@ -32,16 +33,23 @@ from xandrouting.http.control import build_control
 from xandrouting.http.errors import headers_of, to_bytes
 from xandrouting.http.gate import Gate
 from xandrouting.http.inference import HOT_PATHS, InferenceApi, Scope
+from xandrouting.http.loads import Loads
+from xandrouting.http.news import Newsroom
 from xandrouting.http.protocol import Protocol
 from xandrouting.http.schemas import EngineStatus
 from xandrouting.http.services import Services
 from xandrouting.inventory.inventory import Inventory
+from xandrouting.launch.base import Survey
 from xandrouting.launch.devices import cuda_devices
 from xandrouting.launch.external import ExternalLauncher
 from xandrouting.launch.local import LocalLauncher
+from xandrouting.launch.nvml import open_gpus
 from xandrouting.launch.sweep import sweep
+from xandrouting.pool.figure_store import FigureStore
+from xandrouting.pool.learning import Learning
 from xandrouting.pool.pool import EnginePool, Kind
 from xandrouting.proxy.forward import Send
+from xandrouting.proxy.request import LoadRequest
 from xandrouting.routing.catalog import Catalog, Devices
 from xandrouting.settings import Settings
 from xandrouting.telemetry.metrics import EngineGauge, Metrics, PoolGauges
@@ -55,26 +63,50 @@ HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MIN_FILES = 4096  # open files: each request holds two sockets
 
 
-class Gateway:
-    """Every room's objects, built from the settings. Use as an async context."""
+class CannotStart(Exception):
+    """The settings do not fit this machine; the text says which and why."""
 
-    def __init__(self, settings: Settings, devices: Devices) -> None:
+
+class Gateway:
+    """Every room's objects, built from the settings. Use as an async context.
+
+    `node` runs this machine's engines; `survey` is what it has before any of them.
+    """
+
+    def __init__(
+        self, settings: Settings, devices: Devices, node: LocalLauncher, survey: Survey
+    ) -> None:
+        self._settings = settings
         self.stats = RequestStats()
         self.inventory = Inventory(settings.models_dir)
-        scheduler = Scheduler(
-            Ledger(settings.max_loaded),
+        self._store = FigureStore.open(settings.data_dir / "figures.db")
+        figures = self._store.load()
+        self._scheduler = scheduler = Scheduler(
+            Ledger(max_engines=settings.max_loaded, budgets=budgets(settings, survey)),
+            figures=figures,
             default_ttl_s=settings.default_ttl,
             max_queue=settings.max_queue,
             fair_wait_s=settings.fair_wait_s,
+            min_residency_s=settings.min_residency_s,
         )
         llamacpp, upstream = LlamaCpp(), Upstream(settings.upstream_keys)
-        self._local = LocalLauncher(settings.data_dir / "run")
+        self._local = node
         self._external = ExternalLauncher()
+        self._newsroom = Newsroom()
         kinds = {
             Backend.LLAMACPP: Kind(llamacpp, self._local),
             Backend.UPSTREAM: Kind(upstream, self._external),
         }
-        self.pool = EnginePool(scheduler, kinds, load_stall_s=settings.load_stall_s)
+        self.pool = EnginePool(
+            scheduler,
+            kinds,
+            node=node,
+            learning=Learning(figures, self._store),
+            load_stall_s=settings.load_stall_s,
+            on_news=self._newsroom.engine_news,
+            on_survey=self._newsroom.survey,
+        )
+        self._newsroom.attend(self.pool)
         self._backends = backend_statuses(settings)
         self.catalog = Catalog(
             lambda: self.inventory.snapshot,
@@ -87,6 +119,9 @@ class Gateway:
             },
             devices=devices,
             device_fallback=settings.device_fallback,
+            versions={
+                Backend(name): status.version or "" for name, status in self._backends.items()
+            },
         )
         self.gate = Gate(
             api_key=settings.api_key.get_secret_value() if settings.api_key else None,
@@ -102,17 +137,21 @@ class Gateway:
             stats=self.stats,
             keepalive_after_s=settings.keepalive_after_s,
             max_load_wait_s=settings.max_load_wait_s,
+            max_queue_wait_s=settings.max_queue_wait_s,
             max_body_bytes=settings.max_body_bytes,
         )
+        self.loads = Loads(self.inference, self.pool)
         control = build_control(
             Services(
                 version=__version__,
                 inference=self.inference,
                 pool=self.pool,
+                loads=self.loads,
                 catalog=self.catalog,
                 inventory=self.inventory,
                 stats=self.stats,
                 metrics=Metrics(self.stats, self._gauges),
+                bus=self._newsroom.bus,
                 backends=lambda: self._backends,
             )
         )
@@ -127,14 +166,56 @@ class Gateway:
             )
 
     async def __aenter__(self) -> Self:
-        await self.pool.__aenter__()
         await self.inventory.refresh()
+        await self.pool.__aenter__()
+        try:
+            self._pin()
+        except CannotStart:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._newsroom.bus.close()
+        await self.loads.aclose()
         await self.pool.aclose()
         await self._local.aclose()
         await self._external.aclose()
+        self._store.close()
+
+    async def preload(self) -> None:
+        """Begin to load what the settings name; what fails is logged and nothing else."""
+        for name in dict.fromkeys((*self._settings.pinned, *self._settings.preload)):
+            try:
+                await self.loads.start(LoadRequest(model=name))
+            except GatewayError as error:
+                log.warning("preload failed model=%s code=%s %s", name, error.code, error.message)
+
+    def close_streams(self) -> None:
+        """End the event streams, which would never end by themselves."""
+        self._newsroom.bus.close()
+
+    def _pin(self) -> None:
+        """Pin what the settings name.
+
+        Raises:
+            CannotStart: together they are larger than what engines may take.
+        """
+        specs: list[EngineSpec] = []
+        for name in self._settings.pinned:
+            try:
+                specs.append(self.catalog.route(LoadRequest(model=name)).spec)
+            except GatewayError as error:
+                log.warning("pin ignored model=%s %s", name, error.message)
+        together = self._scheduler.fit_together(specs)
+        if not together.fits:
+            sizes = ", ".join(f"{m} {size / 2**30:.2f} GiB" for m, size in together.sizes)
+            raise CannotStart(
+                f"the pinned models do not fit together: {sizes}; engines may take "
+                f"{together.limits}. Pin fewer, or raise ram_budget or vram_budget"
+            )
+        for spec in specs:
+            self.pool.pin(spec.key.model, pinned=True)
 
     def _gauges(self) -> PoolGauges:
         engines = tuple(
@@ -178,6 +259,22 @@ async def _refuse(error: GatewayError, send: Send) -> None:
     headers = [*headers_of(error), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def budgets(settings: Settings, survey: Survey) -> Mapping[str, int]:
+    """Return what engines may take of each device.
+
+    Raises:
+        CannotStart: more is set than a device has.
+    """
+    found = {}
+    for reading in survey.devices:
+        name = "ram_budget" if reading.device == HOST else "vram_budget"
+        try:
+            found[reading.device] = budget_bytes(getattr(settings, name), reading)
+        except BudgetTooLarge as error:
+            raise CannotStart(f"{name}: {error}") from error
+    return found
 
 
 def backend_statuses(settings: Settings) -> Mapping[str, EngineStatus]:
@@ -246,12 +343,16 @@ async def serve(settings: Settings, listener: Listener, on_ready: Callable[[Gate
 
     The first signal refuses new work, lets running requests end, ends the engines and
     returns 0. A second one ends the process at once; the guards end the engines.
+
+    Raises:
+        CannotStart: the settings ask for more than this machine has.
     """
     ended = await asyncio.to_thread(sweep, settings.data_dir / "run")
     if ended:
         log.warning("engines of a killed server ended count=%d", ended)
     devices = Devices(await cuda_devices(LIST_DEVICES))
-    async with Gateway(settings, devices) as gateway:
+    node = LocalLauncher(settings.data_dir / "run", open_gpus())
+    async with Gateway(settings, devices, node, await node.survey()) as gateway:
         server = _Server(
             uvicorn.Config(
                 gateway.asgi,
@@ -273,10 +374,12 @@ async def serve(settings: Settings, listener: Listener, on_ready: Callable[[Gate
         await server.accepting.wait()
         await warm_up(gateway.asgi)
         on_ready(gateway)
+        await gateway.preload()
         gc.freeze()  # what is here now stays: later collections need not look at it
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         log.info("server stopping grace_s=%.0f", settings.shutdown_grace_s)
         await gateway.pool.drain(settings.shutdown_grace_s)
+        gateway.close_streams()
         server.should_exit = True
         await serving
         stopping.cancel()

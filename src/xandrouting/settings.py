@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
+    BeforeValidator,
     ByteSize,
     Field,
     NonNegativeFloat,
@@ -30,9 +31,14 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from xandrouting.core.budget import Budget
+
 BARE_NAMES: Final = ("host", "port", "models_dir", "default_ttl", "cors_origins")
 
 Names = Annotated[tuple[str, ...], NoDecode]
+MemoryBudget = Annotated[
+    Budget, NoDecode, BeforeValidator(lambda v: Budget.parse(v) if isinstance(v, str) else v)
+]
 Pairs = Annotated[dict[str, str], NoDecode]
 
 
@@ -84,9 +90,26 @@ class Settings(BaseSettings):
     default_ttl: NonNegativeFloat = Field(
         300.0, description="idle seconds until an engine is unloaded; 0: never"
     )
-    max_loaded: PositiveInt | None = Field(3, description="engines loaded at once")
+    max_loaded: PositiveInt | None = Field(
+        None, description="engines loaded at once; default: as many as fit the budgets"
+    )
+    ram_budget: MemoryBudget | None = Field(
+        None,
+        description="main memory for engines: 16GiB or 70%; default: what is free at the start, "
+        "less a reserve",
+    )
+    vram_budget: MemoryBudget | None = Field(
+        None, description="the same for each GPU: 20GiB or 90%"
+    )
+    pinned: Names = Field((), description="models loaded at the start that never leave")
+    preload: Names = Field((), description="models loaded at the start")
     max_queue: PositiveInt = Field(1000, description="requests that may wait for an engine")
-    max_load_wait_s: PositiveFloat = Field(600.0, description="how long a request waits for one")
+    max_queue_wait_s: PositiveFloat = Field(
+        300.0, description="how long a request waits for its engine to begin to load"
+    )
+    max_load_wait_s: PositiveFloat = Field(
+        600.0, description="how long a request that is no stream waits for its engine in all"
+    )
     load_stall_s: PositiveFloat = Field(
         120.0, description="a load in which nothing moves for so long has failed"
     )
@@ -95,6 +118,10 @@ class Settings(BaseSettings):
     )
     fair_wait_s: PositiveFloat = Field(
         5.0, description="the first in the queue waits so long before a busy engine drains for it"
+    )
+    min_residency_s: NonNegativeFloat = Field(
+        5.0,
+        description="a model in use stays for so long once it is loaded, though others wait",
     )
     shutdown_grace_s: NonNegativeFloat = Field(
         30.0, description="how long running requests may end at SIGTERM"
@@ -111,7 +138,7 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("allowed_hosts", "cors_origins", mode="before")
+    @field_validator("allowed_hosts", "cors_origins", "pinned", "preload", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         if isinstance(value, str):

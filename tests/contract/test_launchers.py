@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes.processes import ENGINE, fake_plan
 from xandrouting.core.model import LaunchPlan, MemoryUse
-from xandrouting.launch.base import Handle, Launcher
+from xandrouting.launch.base import Handle, Launcher, Survey
 from xandrouting.launch.external import ExternalLauncher
 from xandrouting.launch.local import LocalLauncher
 
@@ -86,6 +86,23 @@ async def test_measuring_never_fails(handle: Handle) -> None:
     assert isinstance(await handle.measure(), MemoryUse)
     await handle.stop(grace_s=0.2)
     assert await handle.measure() == MemoryUse(None, None)
+
+
+async def test_a_survey_tells_of_living_engines_only(setup: tuple[Launcher, LaunchPlan]) -> None:
+    launcher, plan = setup
+    handle = await launcher.start(ENGINE, plan)
+    survey = await launcher.survey()
+    assert isinstance(survey, Survey)
+    assert set(survey.engines) <= {ENGINE}
+    assert [device.device for device in survey.devices] in ([], ["host"])
+    await handle.stop(grace_s=0.2)
+    assert (await launcher.survey()).engines == {}
+
+
+async def test_an_engine_that_was_told_to_stop_was_not_killed_for_memory(handle: Handle) -> None:
+    assert not handle.killed_for_memory
+    await handle.stop(grace_s=0.0)
+    assert not handle.killed_for_memory
 
 
 async def test_output_is_told_and_bounded(handle: Handle) -> None:

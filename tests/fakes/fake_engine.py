@@ -21,6 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 DEFAULT_TOKENS = 16
+ALLOCATE = (
+    "held = bytearray(b'x') * ({mib} << 20); print(flush=True); import time; time.sleep(3600)"
+)
 COMPLETIONS = "/v1/chat/completions"
 HALF_MEGABYTE = 512 * 1024
 
@@ -40,6 +43,7 @@ class Engine(ThreadingHTTPServer):
         self.options = options
         self.loaded = threading.Event()
         self.seen: list[dict[str, Any]] = []
+        self.held = bytearray()
         self._requests = 0
         self._lock = threading.Lock()
 
@@ -177,6 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--say", default="fake engine failed")
     parser.add_argument("--token-ms", type=float, default=0.0)
     parser.add_argument("--api-key-env")
+    parser.add_argument("--allocate-mib", type=int)
     return parser.parse_args()
 
 
@@ -190,6 +195,15 @@ def make_child() -> None:
     child = subprocess.Popen(["sleep", "3600"], start_new_session=True)
     signal.signal(signal.SIGTERM, before)
     print(f"child {child.pid}", flush=True)
+
+
+def allocate(mib: int) -> bytearray:
+    """Take so much memory, written to so that it is really taken, and a child as much again."""
+    command = [sys.executable, "-c", ALLOCATE.format(mib=mib)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert child.stdout
+    child.stdout.readline()  # it has
+    return bytearray(b"x") * (mib << 20)
 
 
 def write_much() -> None:
@@ -209,6 +223,8 @@ def main() -> int:
     threading.Thread(target=engine.serve_forever, daemon=True).start()
     if options.with_child:
         make_child()
+    if options.allocate_mib:
+        engine.held = allocate(options.allocate_mib)
     if options.big_stderr:
         write_much()
     if not options.stall:

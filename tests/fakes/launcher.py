@@ -8,19 +8,27 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from xandrouting.core.errors import GatewayError
+from xandrouting.core.figures import Figures
 from xandrouting.core.ledger import Ledger
 from xandrouting.core.model import (
+    HOST,
     Backend,
+    Cost,
+    DeviceReading,
     EngineId,
     EngineSpec,
+    FixedCost,
     LaunchPlan,
     LoadOptions,
     MemoryUse,
+    Placement,
     StartFailure,
 )
 from xandrouting.core.scheduler import Scheduler
-from xandrouting.engines.base import ModelFacts
+from xandrouting.engines.base import ModelFacts, Phase
+from xandrouting.launch.base import Survey
 from xandrouting.net.client import Client
+from xandrouting.pool.learning import Learning
 from xandrouting.pool.pool import EnginePool, Kind
 from xandrouting.pool.probe import Health
 
@@ -46,6 +54,7 @@ class FakeHandle:
 
     base_url = "http://127.0.0.1:9"
     pid = 4242
+    killed_for_memory = False
 
     def __init__(
         self,
@@ -114,7 +123,11 @@ class FakeHandle:
     async def measure(self) -> MemoryUse:
         self.measured += 1
         await asyncio.sleep(0)  # as the real one, it lets others run
-        return MemoryUse(host_bytes=self._memory(self._loop.time() - self._began))
+        return self.use()
+
+    def use(self) -> MemoryUse:
+        taken = self._memory(self._loop.time() - self._began)
+        return MemoryUse(host_bytes=taken, private_bytes=taken, devices=())
 
     async def stop(self, *, grace_s: float) -> None:
         if self.exit_status is not None:
@@ -132,7 +145,8 @@ class FakeLauncher:
 
     `start_s` passes before there is a process at all. `fail` is what goes wrong with a start:
     an exception is raised by it, a number is the status the process ends with when it should
-    be ready, after it said `says`. All may be changed between two starts.
+    be ready, after it said `says`. All may be changed between two starts. The machine has
+    `capacity_bytes`, of which others take `others_bytes`.
     """
 
     def __init__(
@@ -144,7 +158,11 @@ class FakeLauncher:
         fail: Exception | int | None = None,
         says: Iterable[str] = (),
         memory: Memory = lambda age_s: None,
+        capacity_bytes: int | None = None,
     ) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.others_bytes = 0
+        self.surveys = 0
         self.load_s = load_s
         self.stop_s = stop_s
         self.start_s = start_s
@@ -153,6 +171,17 @@ class FakeLauncher:
         self.memory = memory
         self.journal: list[str] = []
         self.handles: list[FakeHandle] = []
+        self.living: dict[EngineId, FakeHandle] = {}
+
+    async def survey(self) -> Survey:
+        self.surveys += 1
+        await asyncio.sleep(0)
+        uses = {e: h.use() for e, h in self.living.items() if h.exit_status is None}
+        if self.capacity_bytes is None:
+            return Survey((), uses)
+        taken = self.others_bytes + sum(use.private_bytes or 0 for use in uses.values())
+        host = DeviceReading(HOST, HOST, self.capacity_bytes, self.capacity_bytes - taken)
+        return Survey((host,), uses)
 
     async def start(self, engine: EngineId, plan: LaunchPlan) -> FakeHandle:
         try:
@@ -174,6 +203,7 @@ class FakeLauncher:
         for line in self.says:
             handle.say(line)
         self.handles.append(handle)
+        self.living[engine] = handle
         return handle
 
     async def aclose(self) -> None:
@@ -203,7 +233,15 @@ class FakeAdapter:
     def defaults(self, facts: ModelFacts, device: str) -> LoadOptions:
         return LoadOptions()
 
-    def plan(self, spec: EngineSpec, options: LoadOptions, *, api_key: str) -> LaunchPlan:
+    def cost(self, facts: ModelFacts, device: str) -> Cost:
+        return FixedCost()
+
+    def phase(self, tail: Sequence[str]) -> Phase:
+        return Phase.READING
+
+    def plan(
+        self, spec: EngineSpec, options: LoadOptions, *, api_key: str, placement: Placement
+    ) -> LaunchPlan:
         self.planned.append((spec, options, api_key))
         return LaunchPlan(
             argv=("fake",),
@@ -234,9 +272,14 @@ class FakeHealth:
 
 
 def make_scheduler(
-    *, max_loaded: int | None = None, ttl_s: float = 60.0, **options: Any
+    *,
+    max_loaded: int | None = None,
+    budgets: Mapping[str, int] | None = None,
+    ttl_s: float = 60.0,
+    **options: Any,
 ) -> Scheduler:
-    return Scheduler(Ledger(max_loaded), default_ttl_s=ttl_s, **options)
+    ledger = Ledger(max_engines=max_loaded, budgets=budgets)
+    return Scheduler(ledger, default_ttl_s=ttl_s, **options)
 
 
 def make_pool(
@@ -246,11 +289,14 @@ def make_pool(
     adapter: FakeAdapter | None = None,
     health: Health | None = None,
     load_stall_s: float = 30.0,
+    learning: Learning | None = None,
 ) -> EnginePool:
     """A pool that has not begun; see `running` for one that has."""
     return EnginePool(
         scheduler or make_scheduler(),
         {Backend.LLAMACPP: Kind(adapter or FakeAdapter(), launcher)},
+        node=launcher,
+        learning=learning or Learning(Figures()),
         load_stall_s=load_stall_s,
         health=health or FakeHealth(),
     )
@@ -263,11 +309,19 @@ async def running(
     adapter: FakeAdapter | None = None,
     health: Health | None = None,
     load_stall_s: float = 30.0,
+    learning: Learning | None = None,
     **scheduling: Any,
 ) -> AsyncIterator[EnginePool]:
     """A pool at work. At its end nothing may be left: no ticket, no process, no task, no timer."""
     scheduler = make_scheduler(**scheduling)
-    pool = make_pool(launcher, scheduler, adapter=adapter, health=health, load_stall_s=load_stall_s)
+    pool = make_pool(
+        launcher,
+        scheduler,
+        adapter=adapter,
+        health=health,
+        load_stall_s=load_stall_s,
+        learning=learning,
+    )
     # A ready engine is measured again and again, so the clock never stops for a deadlock.
     async with asyncio.timeout(FOREVER_S), pool:
         yield pool

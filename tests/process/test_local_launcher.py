@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import itertools
 import logging
 import os
 import signal
@@ -18,13 +20,17 @@ import psutil
 import pytest
 import uvloop
 
+from tests.fakes.nvml import GIB, FakeCard, FakeNvml
 from tests.fakes.processes import ENGINE, READY_LINE, all_gone, fake_plan, tree_below
 from tests.waiting import async_wait_for, wait_for
 from xandrouting.core.errors import EngineStartFailed
-from xandrouting.core.model import LaunchPlan
+from xandrouting.core.model import LaunchPlan, MemoryUse
+from xandrouting.launch import host_memory
 from xandrouting.launch.base import Handle
 from xandrouting.launch.local import LocalLauncher, reserve_port
+from xandrouting.launch.nvml import open_gpus
 
+MIB = 1 << 20
 STUBBORN = ("--ignore-sigterm", "--with-child")
 
 
@@ -225,7 +231,7 @@ async def test_measure_is_the_share_of_the_tree_without_the_guard(
 ) -> None:
     handle, (_, *tree) = await ready(launcher, "--with-child")
     use = await handle.measure()
-    assert use.device_bytes is None
+    assert use.devices == ()
     assert use.host_bytes == pytest.approx(
         sum(process.memory_full_info().pss for process in tree), rel=0.1
     )
@@ -235,6 +241,130 @@ async def test_measure_after_the_end_tells_nothing(launcher: LocalLauncher) -> N
     handle = await launcher.start(ENGINE, shell("exit 0"))
     await handle.exited()
     assert (await handle.measure()).host_bytes is None
+
+
+async def test_a_survey_shows_what_an_engine_and_its_children_take() -> None:
+    launcher = LocalLauncher()
+    handle, _ = await ready(launcher, "--allocate-mib", "40")  # and a child as much again
+    survey = await launcher.survey()
+    use = survey.engines[ENGINE]
+    assert use.host_bytes is not None
+    assert use.private_bytes is not None
+    assert 80 * MIB < use.private_bytes < use.host_bytes < 140 * MIB
+    assert use.devices == ()
+    (host,) = survey.devices
+    assert (host.device, host.stale) == ("host", False)
+    assert 0 < host.available_bytes < host.capacity_bytes
+    await handle.stop(grace_s=1)
+    assert (await launcher.survey()).engines == {}
+    await launcher.aclose()
+
+
+async def test_a_mapped_file_is_not_private(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """Its pages are the kernel's to drop: the engine's end gives nothing back."""
+    file = tmp_path / "model"
+    file.write_bytes(b"x" * 40 * MIB)
+    script = (
+        "import mmap, sys, time; file = open(sys.argv[1], 'rb'); "
+        "m = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ); "
+        "sum(m[::4096]); print('mapped', flush=True); time.sleep(60)"
+    )
+    plan = LaunchPlan(argv=(sys.executable, "-c", script, str(file)), ready_line="mapped")
+    handle = await launcher.start(ENGINE, plan)
+    async with asyncio.timeout(10):
+        await handle.ready_line()
+    use = await handle.measure()
+    assert use.host_bytes is not None
+    assert use.private_bytes is not None
+    assert use.host_bytes > 40 * MIB > 2 * use.private_bytes
+
+
+async def test_each_engine_has_its_own_share(launcher: LocalLauncher) -> None:
+    large, small = (replace(ENGINE, incarnation=number) for number in (1, 2))
+    plans = {large: fake_plan("--allocate-mib", "40"), small: fake_plan()}
+    handles = [await launcher.start(engine, plan) for engine, plan in plans.items()]
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(handle.ready_line() for handle in handles))
+    engines = (await launcher.survey()).engines
+    assert engines.keys() == {large, small}
+    assert (engines[large].private_bytes or 0) > 80 * MIB
+    assert 0 < (engines[small].private_bytes or 0) < 40 * MIB
+
+
+async def test_a_cards_processes_are_found_in_the_trees() -> None:
+    card = FakeCard()
+    launcher = LocalLauncher(gpus=open_gpus(FakeNvml(card)))
+    handle, (_, *tree) = await ready(launcher, "--with-child")
+    on_card = replace(ENGINE, key=replace(ENGINE.key, device="cuda:0"))
+    starting = await launcher.start(on_card, fake_plan())
+    card.computing = [(process.pid, 3 * GIB) for process in tree] + [(os.getpid(), GIB)]
+    survey = await launcher.survey()
+    assert [device.device for device in survey.devices] == ["host", "cuda:0"]
+    assert survey.engines[ENGINE].devices == (("cuda:0", 6 * GIB),)
+    assert survey.engines[on_card].devices is None  # NVML does not tell
+    assert (await handle.measure()).device_bytes == 6 * GIB
+    assert (await starting.measure()).device_bytes is None
+    await launcher.aclose()
+
+
+async def test_the_cards_have_nvmls_numbers(launcher: LocalLauncher) -> None:
+    handle = await launcher.start(ENGINE, shell("echo $CUDA_DEVICE_ORDER"))
+    await handle.exited()
+    assert list(handle.tail()) == ["PCI_BUS_ID"]
+
+
+async def test_a_survey_that_fails_tells_the_last_figures(
+    launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle, _ = await ready(launcher)
+    before = await launcher.survey()
+
+    def too_many_files() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host_memory, "read", too_many_files)
+        stale = [await launcher.survey() for _ in range(3)][-1]
+        assert await handle.measure() == MemoryUse()
+    assert stale.devices == tuple(replace(device, stale=True) for device in before.devices)
+    assert stale.engines == before.engines
+    assert caplog.text.count("memory cannot be read") == 1
+    assert not (await launcher.survey()).devices[0].stale
+
+
+@pytest.mark.parametrize(
+    ("end", "kills", "said"),
+    [
+        ("kill -9 $$", [3, 4], True),
+        ("kill -9 $$", [3, 3], False),  # somebody else's doing
+        ("kill -9 $$", [None, None], False),  # a kernel that does not count
+        ("kill -15 $$", [3, 4], False),
+        ("exit 137", [3, 4], False),
+    ],
+)
+async def test_an_end_for_want_of_memory(
+    launcher: LocalLauncher,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+    kills: list[int | None],
+    said: bool,
+) -> None:
+    counts = iter(kills)
+    monkeypatch.setattr(host_memory, "oom_kills", lambda: next(counts))
+    handle = await launcher.start(ENGINE, shell(end))
+    await handle.exited()
+    assert handle.killed_for_memory is said
+
+
+async def test_an_end_by_our_own_sigkill_is_no_want_of_memory(
+    launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = itertools.count()
+    monkeypatch.setattr(host_memory, "oom_kills", lambda: next(counts))
+    handle, _ = await ready(launcher, *STUBBORN)
+    await handle.stop(grace_s=0.0)
+    assert handle.exit_status == -signal.SIGKILL
+    assert not handle.killed_for_memory
 
 
 async def test_the_remedy_for_a_full_run_dir_is_not_a_dead_engine(

@@ -13,6 +13,7 @@ from xandrouting.core.model import (
     Backend,
     EngineId,
     EngineSpec,
+    FixedCost,
     Footprint,
     LoadOptions,
     ModelKey,
@@ -26,7 +27,7 @@ def model(name: str, *, engines: int = 1, defaults: LoadOptions | None = None) -
         ModelKey(f"/models/{name}.gguf", Backend.LLAMACPP, "cpu"),
         f"/models/{name}.gguf",
         defaults=LoadOptions(n_ctx=2048) if defaults is None else defaults,
-        footprint=Footprint(engines=engines),
+        cost=FixedCost(Footprint(engines=engines)),
     )
 
 
@@ -43,7 +44,7 @@ QWEN, LLAMA, MISTRAL = model("qwen"), model("llama"), model("mistral")
 UPSTREAM = EngineSpec(
     ModelKey("ollama", Backend.UPSTREAM, "remote"),
     "http://127.0.0.1:11434",
-    footprint=Footprint(engines=0),
+    cost=FixedCost(Footprint(engines=0)),
 )
 QWEN_1, QWEN_2, QWEN_3 = nth(QWEN, 1), nth(QWEN, 2), nth(QWEN, 3)
 LLAMA_1, MISTRAL_1, UPSTREAM_1 = nth(LLAMA, 1), nth(MISTRAL, 1), nth(UPSTREAM, 1)
@@ -77,7 +78,7 @@ class Refused:
 
 
 def make_scheduler(max_engines: int | None = None, **options: Any) -> Scheduler:
-    return Scheduler(Ledger(max_engines), **options)
+    return Scheduler(Ledger(max_engines=max_engines), **options)
 
 
 def busy(scheduler: Scheduler, ticket: Ticket, spec: EngineSpec, *, now: float = 0.0) -> None:

@@ -34,7 +34,8 @@ from xandrouting.core.model import (
     MemoryUse,
     StartFailure,
 )
-from xandrouting.pool.pool import Engine, EnginePool
+from xandrouting.pool.engine import Engine
+from xandrouting.pool.pool import EnginePool
 
 
 @asynccontextmanager

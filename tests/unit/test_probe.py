@@ -18,7 +18,6 @@ from xandrouting.pool.probe import (
     MOVED_BYTES,
     POLL_MAX_S,
     Health,
-    Progress,
     StartError,
     http_health,
     until_ready,
@@ -40,7 +39,6 @@ async def probe(
     health: Health | None = None,
     *,
     stall_s: float = 30.0,
-    progress: Progress | None = None,
 ) -> float:
     """Return when the engine was found ready."""
     await until_ready(
@@ -49,7 +47,6 @@ async def probe(
         NOBODY,
         stall_s=stall_s,
         health=health or FakeHealth(),
-        progress=progress or Progress(),
     )
     return now()
 
@@ -194,15 +191,6 @@ async def test_memory_is_looked_at_once_a_second_at_most() -> None:
     assert 8 <= handle.measured <= 10
 
 
-@virtual_time
-async def test_progress_is_what_was_measured() -> None:
-    progress = Progress()
-    handle = engine(load_s=10.5, memory=lambda age_s: int(age_s) * MIB)
-    assert progress.host_bytes is None
-    await probe(handle, progress=progress)
-    assert progress.host_bytes == 10 * MIB
-
-
 @pytest.mark.parametrize("after_s", [0.0, 2.0, 6.0])
 @virtual_time
 async def test_a_cancelled_probe_leaves_no_task(after_s: float) -> None:
@@ -279,7 +267,7 @@ async def test_an_engine_that_takes_questions_and_never_answers_stalls() -> None
     client = cast("Client", Asked(answer))
     with pytest.raises(StartError) as caught:
         await until_ready(
-            handle, WITH_LINE, client, stall_s=30.0, health=http_health, progress=Progress()
+            handle, WITH_LINE, client, stall_s=30.0, health=http_health
         )
     assert caught.value.failure is StartFailure.STALLED
     assert 30.0 <= now() <= 31.0 + ANSWER_S + POLL_MAX_S

@@ -376,7 +376,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return any(spec.key == life.id.key for spec in self.waiting.values())
 
     def _counts(self, spec: EngineSpec) -> bool:
-        return spec.footprint.engines > 0
+        return spec.key.is_local
 
     def _counted(self) -> int:
         return sum(life.spec.footprint.engines for life in self.live.values())

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 
 from xandrouting import __version__
-from xandrouting.app import Gateway, listen, run
+from xandrouting.app import CannotStart, Gateway, listen, run
 from xandrouting.settings import Settings
 
 app = typer.Typer(
@@ -60,7 +60,11 @@ def serve(context: typer.Context) -> None:
         print(f"ready {listener.url}", flush=True)  # noqa: T201 - promised on stdout
         _say_hello(gateway, listener.url, with_key=settings.api_key is not None)
 
-    raise typer.Exit(run(settings, on_ready, listener))
+    try:
+        status = run(settings, on_ready, listener)
+    except CannotStart as error:
+        _end(str(error))
+    raise typer.Exit(status)
 
 
 def _settings(arguments: list[str]) -> Settings:

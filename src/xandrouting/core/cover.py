@@ -6,20 +6,23 @@ from typing import TypeVar
 
 from xandrouting.core.model import LoadOptions
 
-_T = TypeVar("_T", int, float)
+_T = TypeVar("_T", int, float, str)
 
 
 def covers(running: LoadOptions, wants: LoadOptions) -> bool:
     """Whether an engine started with `running` serves a request that asks for `wants`.
 
-    Unset asks nothing. A larger context or more slots cover a smaller ask; layers must be
-    equal, because fewer is as much a wish as more; the share of the card matters only at load.
+    Unset asks nothing. A larger context or more slots cover a smaller ask; layers and the
+    cache's types must be equal, because fewer is as much a wish as more; the share of the card
+    matters only at load.
     """
     return (
         _at_least(running.n_ctx, wants.n_ctx)
         and _at_least(running.max_model_len, wants.max_model_len)
         and _at_least(running.n_parallel, wants.n_parallel)
         and wants.n_gpu_layers in (None, running.n_gpu_layers)
+        and wants.cache_type_k in (None, running.cache_type_k)
+        and wants.cache_type_v in (None, running.cache_type_v)
         and (not wants.embeddings or running.embeddings is True)
     )
 
@@ -27,7 +30,8 @@ def covers(running: LoadOptions, wants: LoadOptions) -> bool:
 def union(held: LoadOptions, wants: LoadOptions) -> LoadOptions:
     """Return options that serve what `held` served and also `wants`.
 
-    Where two wishes contradict each other (layers, share of the card) `wants` wins.
+    Where two wishes contradict each other (layers, cache types, share of the card) `wants`
+    wins.
     """
     return LoadOptions(
         n_ctx=_larger(held.n_ctx, wants.n_ctx),
@@ -36,6 +40,8 @@ def union(held: LoadOptions, wants: LoadOptions) -> LoadOptions:
         gpu_memory_utilization=_newer(held.gpu_memory_utilization, wants.gpu_memory_utilization),
         max_model_len=_larger(held.max_model_len, wants.max_model_len),
         embeddings=held.embeddings or wants.embeddings,
+        cache_type_k=_newer(held.cache_type_k, wants.cache_type_k),
+        cache_type_v=_newer(held.cache_type_v, wants.cache_type_v),
     )
 
 
@@ -50,6 +56,8 @@ def fill(wants: LoadOptions, defaults: LoadOptions) -> LoadOptions:
         ),
         max_model_len=_newer(defaults.max_model_len, wants.max_model_len),
         embeddings=wants.embeddings or defaults.embeddings,
+        cache_type_k=_newer(defaults.cache_type_k, wants.cache_type_k),
+        cache_type_v=_newer(defaults.cache_type_v, wants.cache_type_v),
     )
 
 

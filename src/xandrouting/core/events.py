@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from xandrouting.core.errors import GatewayError
-from xandrouting.core.model import EngineId, EngineSpec, LoadOptions, Ticket
+from xandrouting.core.model import (
+    DeviceReading,
+    EngineId,
+    EngineSpec,
+    LoadOptions,
+    MemoryUse,
+    Placement,
+    Ticket,
+)
+from xandrouting.core.planner import Decision
 
 
 @dataclass(frozen=True, slots=True)
 class Acquire:
     """A request wants an engine. `ttl_s` None: it does not say; 0: never unload when idle.
 
-    `deadline` is when it gives up waiting; None: it waits for as long as it takes.
+    `deadline` is when it gives up waiting, `queue_deadline` when it does if its engine has not
+    even begun to start by then; None: it waits for as long as it takes.
     """
 
     ticket: Ticket
     spec: EngineSpec
     ttl_s: float | None = None
     deadline: float | None = None
+    queue_deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The end of a ticket: served, refused, or its client left."""
+    """The end of a ticket: served, refused, or its client left.
+
+    A load that was begun for it goes on, unless `cancel` takes it back: then it ends, if
+    nobody else waits for it.
+    """
 
     ticket: Ticket
+    cancel: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +70,22 @@ class Unload:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """From now on this model is never a victim and has no TTL, or is like any other again."""
+
+    model: str
+    pinned: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The memory was measured: each device, and what the engines take that could be read."""
+
+    devices: tuple[DeviceReading, ...]
+    engines: Mapping[EngineId, MemoryUse] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -64,25 +97,36 @@ class Shutdown:
     force: bool = False
 
 
-Event: TypeAlias = Acquire | Release | EngineReady | EngineExited | Unload | Tick | Shutdown
+Event: TypeAlias = (
+    Acquire | Release | EngineReady | EngineExited | Unload | Pin | Measured | Tick | Shutdown
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start this engine with these options, all of them settled."""
+    """Start this engine with these options, all of them settled.
+
+    Every start and every eviction carries the decision that led to it.
+    """
 
     engine: EngineId
     spec: EngineSpec
     options: LoadOptions
+    placement: Placement = ()
+    decision: Decision | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End this engine; `reason` is `idle`, `evicted`, `options`, `unload` or `shutdown`."""
+    """End this engine.
+
+    `reason` is `idle`, `evicted`, `options`, `unload`, `cancelled` or `shutdown`.
+    """
 
     engine: EngineId
     reason: str
     force: bool = False
+    decision: Decision | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NewType
+from typing import Final, NewType, Protocol
+
+HOST: Final = "host"
+"""The device that main memory is; the others are `cuda:0`, `cuda:1`, …"""
+
+ENGINES: Final = "engines"
+"""What `max_loaded` limits: a resource as bytes are, counted by the piece."""
 
 Ticket = NewType("Ticket", int)
 """One request's claim on an engine, from asking to letting go."""
+
+Placement = tuple[str, ...]
+"""The accelerators an engine uses: `()` none, `("cuda:0",)`, or several that share it."""
 
 
 class Backend(StrEnum):
@@ -32,6 +42,11 @@ class ModelKey:
     backend: Backend
     device: str
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it runs here and takes room; somebody else's server does not."""
+        return self.backend is not Backend.UPSTREAM
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
@@ -43,6 +58,32 @@ class LoadOptions:
     gpu_memory_utilization: float | None = None  # share of the card, 0.1 to 1.0
     max_model_len: int | None = None  # tokens
     embeddings: bool | None = None  # the engine answers /v1/embeddings; only ever asked as True
+    cache_type_k: str | None = None  # what a key of the KV cache is stored as: `f16`, `q8_0`, …
+    cache_type_v: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What makes up an engine's memory on one kind of device; bytes."""
+
+    weights: int = 0
+    kv_cache: int = 0
+    compute: int = 0
+    overhead: int = 0
+
+    @property
+    def total(self) -> int:
+        """All terms together."""
+        return self.weights + self.kv_cache + self.compute + self.overhead
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What an engine was seen to take: the most it had, and the seconds of its load."""
+
+    host_bytes: int
+    device_bytes: int  # on all accelerators together
+    load_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +91,54 @@ class Footprint:
     """What an engine takes while it exists.
 
     `engines` counts towards `max_loaded`; 0 is an engine that takes nothing here (an
-    upstream). The bytes are estimates from the file; the ledger will weigh them.
+    upstream). The terms are estimated from the file. `seen` is what an engine of the same
+    file, version and options took before: where it is known, it counts and not the terms.
     """
 
     engines: int = 1
-    host_bytes: int = 0
-    device_bytes: int = 0
+    host: Terms = Terms()
+    device: Terms = Terms()  # on all accelerators together
+    seen: Figure | None = None
+
+    @property
+    def host_bytes(self) -> int:
+        """What it takes of main memory."""
+        return self.host.total if self.seen is None else self.seen.host_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """What it takes of the accelerators, all together."""
+        return self.device.total if self.seen is None else self.seen.device_bytes
+
+    def demands(self, placement: Placement) -> Iterator[tuple[str, int]]:
+        """Yield each resource it would take, and how much: several devices share alike."""
+        yield ENGINES, self.engines
+        yield HOST, self.host_bytes
+        for device in placement:
+            yield device, -(-self.device_bytes // len(placement))
+
+
+class Cost(Protocol):
+    """What an engine of one model would take, for any options. A value: equal means the same."""
+
+    @property
+    def layers(self) -> int:
+        """The most `n_gpu_layers` can be; 0 where layers cannot be chosen."""
+
+    def footprint(self, options: LoadOptions) -> Footprint:
+        """Estimate, from the file alone; `options` are settled and filled."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedCost:
+    """The same whatever the options: an upstream, which takes nothing, or a model nobody knows."""
+
+    whole: Footprint = Footprint()
+    layers: int = 0
+
+    def footprint(self, options: LoadOptions) -> Footprint:  # noqa: ARG002 - the protocol's
+        """Return the whole."""
+        return self.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +147,22 @@ class EngineSpec:
 
     `wants` is what the request asks; `defaults` fills what nobody asked, and is the same
     for every request of one key. `source` is where the model lies: a file or folder on
-    this machine, or an upstream's base URL. `revision` changes when the source does, so a
-    failure of the old file is not held against the new one.
+    this machine, or an upstream's base URL. `placements` are where it may run, the best
+    first. `revision` changes when the source does, so a failure of the old file is not held
+    against the new one. `learned_as` names the file and the engine's version, for figures of
+    earlier loads; empty: none are kept.
     """
 
     key: ModelKey
     source: str
     wants: LoadOptions = LoadOptions()
     defaults: LoadOptions = LoadOptions()
-    footprint: Footprint = Footprint()
+    cost: Cost = FixedCost()
+    placements: tuple[Placement, ...] = ((),)
     revision: str = ""
+    learned_as: str = ""
     mmproj: str | None = None  # the projector file that gives the model eyes
+    siblings: tuple[tuple[str, Cost], ...] = ()  # the same model in other quantizations on disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +203,36 @@ class LaunchPlan:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """What a process tree takes, measured. `host_bytes` is PSS; None: cannot be told here."""
+    """What a process tree takes, measured; None: cannot be told here.
+
+    `host_bytes` is PSS. `private_bytes` is the part of it that is not a file's pages, which
+    the kernel could drop: what would be free again if the tree ended. `devices` holds the
+    bytes on each accelerator it uses.
+    """
 
     host_bytes: int | None = None
-    device_bytes: int | None = None
+    private_bytes: int | None = None
+    devices: tuple[tuple[str, int], ...] | None = None
+
+    @property
+    def device_bytes(self) -> int | None:
+        """What it takes of all accelerators together."""
+        return None if self.devices is None else sum(taken for _, taken in self.devices)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReading:
+    """One device's memory as the system tells it; bytes.
+
+    `available_bytes` could be had now; what its engines' files keep in the page cache counts
+    as available. `stale`: it could not be read this time, so this is the last figure.
+    """
+
+    device: str
+    name: str  # what its maker calls it; `host` for main memory
+    capacity_bytes: int
+    available_bytes: int
+    stale: bool = False
 
 
 class StartFailure(StrEnum):

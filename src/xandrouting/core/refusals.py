@@ -6,12 +6,16 @@ from xandrouting.core.errors import (
     EngineStartFailed,
     EngineUnloaded,
     GatewayError,
+    InsufficientMemory,
     LoadingTimeout,
     QueueFull,
     QueueTimeout,
     ShuttingDown,
 )
-from xandrouting.core.model import ModelKey
+from xandrouting.core.model import ENGINES, HOST, ModelKey
+from xandrouting.core.planner import Alternative, Decision
+
+ASK_AGAIN_S = 30.0  # where only other programs or pinned models are in the way
 
 
 def shutting_down() -> GatewayError:
@@ -52,3 +56,66 @@ def no_room(key: ModelKey, waited_s: float) -> GatewayError:
         "Ask again later, unload another model, or raise max_loaded.",
         retry_after_s=10.0,
     )
+
+
+def too_large(decision: Decision) -> GatewayError:
+    """Refuse what does not fit though all leave that may, with numbers and what would fit.
+
+    Waiting helps only where other programs, or models that are pinned, hold what it lacks.
+    """
+    needed = dict(decision.footprint.demands(decision.placement))
+    lines = {device.device: device for device in decision.devices}
+    lacking = dict(decision.lacking)
+    too_much = [
+        f"{needed[resource] / 2**30:.2f} GiB of {_named(resource)} (it may have "
+        f"{(needed[resource] - lack) / 2**30:.2f} GiB)"
+        for resource, lack in lacking.items()
+        if resource != ENGINES
+    ]
+    budget = [r for r in lacking if r in lines and needed[r] > lines[r].budget_bytes]
+    fitting = [_offer(alternative) for alternative in decision.alternatives]
+    return InsufficientMemory(
+        f"{decision.model} does not fit: it needs {' and '.join(too_much) or 'a place'}. "
+        + (f"What would fit: {'; '.join(fitting)}." if fitting else "Use a smaller model."),
+        param="model",
+        details={
+            "needed_bytes": needed[HOST] + decision.footprint.device_bytes,
+            "lacking_bytes": {r: n for r, n in lacking.items() if r != ENGINES},
+            "devices": [
+                {
+                    "device": device.device,
+                    "needed_bytes": needed.get(device.device, 0),
+                    "budget_bytes": device.budget_bytes,
+                    "free_bytes": device.free_bytes,
+                    "others_bytes": device.others_bytes,
+                }
+                for device in decision.devices
+            ],
+            "alternatives": [described(alternative) for alternative in decision.alternatives],
+        },
+        retry_after_s=None if budget else ASK_AGAIN_S,
+    )
+
+
+def described(alternative: Alternative) -> dict[str, object]:
+    """Return an alternative as answers show it: what to ask for, and what that takes."""
+    asked: dict[str, object] = {"change": alternative.change}
+    options = alternative.options
+    if alternative.change == "model":
+        asked["model"] = alternative.model
+    elif alternative.change == "cache_type":
+        asked |= {"cache_type_k": options.cache_type_k, "cache_type_v": options.cache_type_v}
+    else:
+        asked[alternative.change] = getattr(options, alternative.change)
+    needs = alternative.host_bytes, alternative.device_bytes
+    return asked | {"host_bytes": needs[0], "device_bytes": needs[1]}
+
+
+def _offer(alternative: Alternative) -> str:
+    asked = described(alternative)
+    names = (name for name in asked if name not in ("change", "host_bytes", "device_bytes"))
+    return ", ".join(f"{name} {asked[name]}" for name in names)
+
+
+def _named(resource: str) -> str:
+    return "main memory" if resource == HOST else resource

@@ -6,24 +6,29 @@ monotonic clock, in seconds.
 The rules, each tested as a property (`tests/unit/test_scheduler_machine.py`):
 
 - A ticket ends with exactly one `Release`, whatever became of it.
-- An engine with leases is stopped only by force or its own death.
+- An engine with leases is stopped only by force or its own death; a pinned one is no victim.
+- Nothing is promised beyond the ledger's limits, and nobody leaves for what cannot fit.
 - The first in the queue reserves: later requests may use ready engines, and may not start
   others past it, save those that take nothing here. When it has waited `fair_wait_s` and
   every engine is busy, one of them takes no new leases any more, so nobody waits for ever.
+- Who came while an engine was in use lets it be used for `min_residency_s`, or until nobody
+  asks it for `LINGER_S`: two models that share one place do not take turns with every request.
 - One engine per key at a time; the next incarnation starts when the last one is gone.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import assert_never
+from dataclasses import dataclass, replace
+from typing import Final, assert_never
 
-from xandrouting.core import refusals
+from xandrouting.core import planner, refusals
 from xandrouting.core.backoff import Backoffs
 from xandrouting.core.cover import covers, fill, union
+from xandrouting.core.engine import Engine, EngineView
 from xandrouting.core.engine_state import EngineEvent, EngineState, step
-from xandrouting.core.errors import GatewayError
+from xandrouting.core.errors import GatewayError, InsufficientMemory
 from xandrouting.core.events import (
     Acquire,
     Effect,
@@ -31,6 +36,8 @@ from xandrouting.core.events import (
     EngineReady,
     Event,
     Grant,
+    Measured,
+    Pin,
     Refuse,
     Release,
     Shutdown,
@@ -39,50 +46,21 @@ from xandrouting.core.events import (
     Tick,
     Unload,
 )
-from xandrouting.core.eviction import Candidate, cheapest_first
-from xandrouting.core.ledger import Ledger
-from xandrouting.core.model import EngineId, EngineSpec, Footprint, LoadOptions, ModelKey, Ticket
+from xandrouting.core.figures import Figures
+from xandrouting.core.ledger import Amounts, DeviceState, Ledger
+from xandrouting.core.model import (
+    ENGINES,
+    EngineId,
+    EngineSpec,
+    LoadOptions,
+    ModelKey,
+    Ticket,
+)
+from xandrouting.core.planner import Decision, Plan, Surroundings, Verdict
+from xandrouting.core.queue import Line, Queue, Waiter
+from xandrouting.core.weigher import Together, Weigher
 
-
-@dataclass(frozen=True, slots=True)
-class EngineView:
-    """An engine as the lists show it. `idle_since` is None while it has leases or loads."""
-
-    engine: EngineId
-    spec: EngineSpec
-    options: LoadOptions
-    state: EngineState
-    ttl_s: float
-    idle_since: float | None
-    active: int
-    waiting: int
-
-    def idle_deadline(self) -> float | None:
-        """When its idle TTL ends; None while that clock does not run."""
-        return _idle_deadline(self)
-
-
-@dataclass(slots=True)
-class _Engine:
-    id: EngineId
-    spec: EngineSpec
-    wants: LoadOptions  # the union of what was asked, without defaults
-    options: LoadOptions
-    ttl_s: float
-    state: EngineState = EngineState.STARTING
-    leases: set[Ticket] = field(default_factory=set)
-    idle_since: float | None = None
-    last_granted: float = 0.0
-    retire: str | None = None  # why it shall leave as soon as those who wait for it were served
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiter:
-    ticket: Ticket
-    spec: EngineSpec
-    ttl_s: float | None
-    deadline: float | None
-    arrived_at: float
+LINGER_S: Final = 1.0  # a client that asks in a loop is back sooner
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +78,28 @@ class Scheduler:
         self,
         ledger: Ledger,
         *,
+        figures: Figures | None = None,
         default_ttl_s: float = 300.0,
         max_queue: int | None = None,
         fair_wait_s: float = 5.0,
+        min_residency_s: float = 0.0,
         backoff_first_s: float = 1.0,
         backoff_max_s: float = 60.0,
     ) -> None:
         self._ledger = ledger
+        self._weigher = Weigher(ledger, Figures() if figures is None else figures)
         self._default_ttl_s = default_ttl_s
         self._max_queue = max_queue
         self._fair_wait_s = fair_wait_s
-        self._engines: dict[ModelKey, _Engine] = {}
+        self._min_residency_s = min_residency_s
+        self._engines: dict[ModelKey, Engine] = {}
         self._incarnations: dict[ModelKey, int] = {}
-        self._tickets: dict[Ticket, _Engine | None] = {}  # None: queued or refused
-        self._queue: dict[Ticket, _Waiter] = {}  # in order of arrival
+        self._tickets: dict[Ticket, Engine | None] = {}  # None: queued or refused
+        self._queue = Queue()
+        self._look_again_at: float | None = None  # when time alone may help the first in the queue
         self._backoffs = Backoffs(first_s=backoff_first_s, max_s=backoff_max_s)
         self._legacies: dict[ModelKey, _Legacy] = {}
+        self._pinned: set[str] = set()
         self._closing = False
 
     def handle(self, event: Event, *, now: float) -> list[Effect]:
@@ -125,13 +109,17 @@ class Scheduler:
             case Acquire():
                 self._acquire(event, now, effects)
             case Release():
-                self._release(event.ticket, now, effects)
+                self._release(event, now, effects)
             case EngineReady():
                 self._ready(event.engine, now, effects)
             case EngineExited():
                 self._exited(event, now, effects)
             case Unload():
                 self._unload(event, now, effects)
+            case Pin():
+                self._pin(event, now, effects)
+            case Measured():
+                self._measured(event, now, effects)
             case Tick():
                 self._tick(now, effects)
             case Shutdown():
@@ -142,17 +130,43 @@ class Scheduler:
 
     # What the outside may read.
 
-    def next_wakeup(self, *, now: float) -> float | None:
+    def next_wakeup(self, *, now: float) -> float | None:  # noqa: ARG002 - what is past is gone
         """When time alone will change something; None: only an event will."""
-        times = [w.deadline for w in self._queue.values() if w.deadline is not None]
-        blocked = self._blocked() if self._queue else None
-        if blocked is not None and blocked.arrived_at + self._fair_wait_s > now:
-            times.append(blocked.arrived_at + self._fair_wait_s)
-        for engine in self._engines.values():
-            deadline = _idle_deadline(engine)
-            if deadline is not None:
-                times.append(deadline)
-        return min(times, default=None)
+        times = [self._queue.next_deadline(), self._look_again_at]
+        times += [self._idle_deadline(engine) for engine in self._engines.values()]
+        return min((at for at in times if at is not None), default=None)
+
+    def plan(self, spec: EngineSpec, *, now: float) -> Decision:
+        """Return what would become of a request for `spec`, and change nothing."""
+        engine = self._engines.get(spec.key)
+        among = self._among(spec, now, arrived_at=now, replaced=engine)
+        if engine is None:
+            wants, found = spec.wants, planner.plan(spec, spec.wants, among)
+        else:
+            wants = union(engine.wants, spec.wants)
+            found = self._plan_beside(engine, spec, wants, among)
+        return self._weigher.explained(spec, wants, found, among, self.devices())
+
+    def _plan_beside(
+        self, engine: Engine, spec: EngineSpec, wants: LoadOptions, among: Surroundings
+    ) -> Plan:
+        """Return the plan of a request whose model's engine is there."""
+        if engine.serves(spec):
+            return Plan(Verdict.HIT, engine.options, engine.placement)
+        if engine.state is EngineState.STARTING and covers(engine.options, spec.wants):
+            return Plan(Verdict.WAIT, engine.options, engine.placement)
+        found = planner.plan(spec, wants, among)
+        return found if found.verdict is Verdict.NEVER else replace(found, verdict=Verdict.RELOAD)
+
+    def fit_together(self, specs: Iterable[EngineSpec]) -> Together:
+        """Return whether engines of all these models could be there at once."""
+        return self._weigher.together(specs)
+
+    def devices(self) -> tuple[DeviceState, ...]:
+        """Return the ledger's lines, main memory first."""
+        return self._ledger.states(
+            e.id for e in self._engines.values() if e.state is EngineState.STARTING
+        )
 
     def views(self) -> list[EngineView]:
         """Every engine that is not gone, in the order they were started."""
@@ -172,6 +186,11 @@ class Scheduler:
         return self._backoffs.last(model, revision)
 
     @property
+    def pinned(self) -> frozenset[str]:
+        """The models that are pinned, loaded or not."""
+        return frozenset(self._pinned)
+
+    @property
     def queued(self) -> int:
         """How many tickets wait for an engine."""
         return len(self._queue)
@@ -183,21 +202,23 @@ class Scheduler:
 
     def queue_position(self, ticket: Ticket) -> int | None:
         """How many wait before this ticket; None when it does not wait."""
-        for position, queued in enumerate(self._queue):
-            if queued == ticket:
-                return position
-        return None
+        return self._queue.position(ticket)
 
-    def _view(self, engine: _Engine) -> EngineView:
+    def _view(self, engine: Engine) -> EngineView:
+        line = self._queue.line(engine.id.key)
         return EngineView(
             engine.id,
             engine.spec,
             engine.options,
+            engine.placement,
             engine.state,
             engine.ttl_s,
+            engine.id.key.model in self._pinned,
             engine.idle_since,
             len(engine.leases),
-            sum(w.spec.key == engine.id.key for w in self._queue.values()),
+            0 if line is None else len(line.waiters),
+            self._ledger.charge_of(engine.id),
+            engine.decision,
         )
 
     # One method per event.
@@ -208,28 +229,31 @@ class Scheduler:
         self._tickets[ask.ticket] = None
         key = ask.spec.key
         engine = self._engines.get(key)
-        if self._closing:
-            effects.append(Refuse(ask.ticket, refusals.shutting_down()))
-            return
-        if engine is not None and _serves(engine, ask.spec):
+        if engine is not None and not self._closing and engine.serves(ask.spec):
             # Whoever waits for this key already asks for options the engine does not have.
             self._grant(ask.ticket, engine, ask.ttl_s, now, effects)
             return
-        failed = self._backoffs.refusal(ask.spec, now)
-        if failed is not None:
-            effects.append(Refuse(ask.ticket, failed))
+        refusal = self._refusal(ask.spec, engine, now)
+        if refusal is not None:
+            effects.append(Refuse(ask.ticket, refusal))
             return
-        if self._max_queue is not None and len(self._queue) >= self._max_queue:
-            effects.append(Refuse(ask.ticket, refusals.queue_full(key, self._max_queue)))
-            return
-        self._queue[ask.ticket] = _Waiter(ask.ticket, ask.spec, ask.ttl_s, ask.deadline, now)
+        self._queue.add(ask, now)
         self._advance(now, effects)
 
-    def _release(self, ticket: Ticket, now: float, effects: list[Effect]) -> None:
+    def _release(self, event: Release, now: float, effects: list[Effect]) -> None:
+        ticket = event.ticket
         engine = self._tickets.pop(ticket)
         if engine is None:
-            if ticket in self._queue:
-                self._leave_queue(ticket)
+            if self._queue.find(ticket) is not None:
+                key = self._leave_line(ticket)
+                loading = self._engines.get(key)
+                if (
+                    event.cancel
+                    and loading is not None
+                    and loading.state is EngineState.STARTING
+                    and self._queue.line(key) is None
+                ):
+                    self._stop(loading, "cancelled", effects)
                 self._advance(now, effects)  # the one behind may be first now
             return
         engine.leases.discard(ticket)
@@ -247,10 +271,18 @@ class Scheduler:
         if engine is None:
             return
         engine.state = step(engine.state, EngineEvent.READY)
-        if engine.state is EngineState.READY:
-            engine.idle_since = now
-            self._backoffs.clear(engine_id.key, engine.options)
-            self._advance(now, effects)
+        if engine.state is not EngineState.READY:
+            return
+        engine.idle_since = engine.ready_at = now
+        self._backoffs.clear(engine_id.key, engine.options)
+        line = self._queue.line(engine_id.key)
+        for waiter in [] if line is None else list(line.waiters.values()):
+            if engine.serves(waiter.spec):
+                self._leave_line(waiter.ticket)
+                self._grant(waiter.ticket, engine, waiter.ttl_s, now, effects)
+        if engine.retire is not None:
+            self._drain(engine, engine.retire, effects)
+        self._advance(now, effects)
 
     def _exited(self, event: EngineExited, now: float, effects: list[Effect]) -> None:
         engine = self._current(event.engine)
@@ -260,13 +292,33 @@ class Scheduler:
         engine.state = step(engine.state, EngineEvent.EXITED)
         engine.idle_since = None
         del self._engines[engine.id.key]
+        self._ledger.release(engine.id)
+        for line in self._queue.lines():
+            line.after.discard(engine.id)
         if never_ready:
-            error = event.failure or refusals.start_failed(engine.id.key)
-            self._backoffs.note(engine.id.key, engine.options, engine.spec.revision, error, now)
-            self._refuse_waiting(engine.id.key, error, effects)
-        elif engine.retire == "options" and self._awaited(engine.id.key):
+            self._start_failed(engine, event.failure, now, effects)
+        elif engine.retire == "options" and self._queue.line(engine.id.key) is not None:
             self._legacies[engine.id.key] = _Legacy(engine.wants, engine.ttl_s)
         self._advance(now, effects)
+
+    def _start_failed(
+        self, engine: Engine, failure: GatewayError | None, now: float, effects: list[Effect]
+    ) -> None:
+        key = engine.id.key
+        line = self._queue.line(key)
+        if isinstance(failure, InsufficientMemory) and line is not None and not line.tried_again:
+            # It took more than was known. Once more, with everybody gone who may leave.
+            taken = {r for r, n in engine.footprint.demands(engine.placement) if n and r != ENGINES}
+            idle = [e for e in self._idle() if taken & self._ledger.charge_of(e.id).keys()]
+            if idle:
+                line.tried_again = True
+                line.after = {e.id for e in idle}
+                for victim in idle:
+                    self._stop(victim, "evicted", effects, decision=engine.decision)
+                return
+        error = failure or refusals.start_failed(key)
+        self._backoffs.note(key, engine.options, engine.spec.revision, error, now)
+        self._refuse_line(key, error, effects)
 
     def _unload(self, event: Unload, now: float, effects: list[Effect]) -> None:
         engine = self._current(event.engine)
@@ -274,26 +326,43 @@ class Scheduler:
             return
         if event.force:
             if engine.state is EngineState.STARTING:
-                self._refuse_waiting(engine.id.key, refusals.unloaded(engine.id.key), effects)
+                self._refuse_line(engine.id.key, refusals.unloaded(engine.id.key), effects)
             self._stop(engine, "unload", effects, force=True)
         else:
             self._retire(engine, "unload", effects)
         self._advance(now, effects)
 
+    def _pin(self, event: Pin, now: float, effects: list[Effect]) -> None:
+        if event.pinned:
+            self._pinned.add(event.model)
+        else:
+            self._pinned.discard(event.model)
+            self._advance(now, effects)
+
+    def _measured(self, event: Measured, now: float, effects: list[Effect]) -> None:
+        engines = {engine.id: engine for engine in self._engines.values()}
+        self._weigher.measured(event.devices, event.engines, engines)
+        self._advance(now, effects)
+
     def _tick(self, now: float, effects: list[Effect]) -> None:
-        for waiter in list(self._queue.values()):
-            if waiter.deadline is not None and waiter.deadline <= now:
-                self._refuse(waiter.ticket, self._too_late(waiter, now), effects)
+        for waiter, of_queue in list(self._queue.due(now)):
+            key = waiter.spec.key
+            engine = self._engines.get(key)
+            loading = engine is not None and engine.state is EngineState.STARTING
+            if not (of_queue and loading) and self._queue.find(waiter.ticket) is not None:
+                say = refusals.still_loading if loading else refusals.no_room
+                self._refuse(waiter.ticket, say(key, now - waiter.arrived_at), effects)
         for engine in self._engines.values():
-            deadline = _idle_deadline(engine)
+            deadline = self._idle_deadline(engine)
             if deadline is not None and deadline <= now:
                 self._stop(engine, "idle", effects)
         self._advance(now, effects)
 
     def _shutdown(self, force: bool, effects: list[Effect]) -> None:
         self._closing = True
-        for ticket in list(self._queue):
+        for ticket in self._queue.tickets():
             self._refuse(ticket, refusals.shutting_down(), effects)
+        self._look_again_at = None
         for engine in self._engines.values():
             if force or engine.state is EngineState.STARTING:
                 self._stop(engine, "shutdown", effects, force=force)
@@ -302,199 +371,275 @@ class Scheduler:
 
     # The queue.
 
+    def _refusal(self, spec: EngineSpec, engine: Engine | None, now: float) -> GatewayError | None:
+        """Return why a request need not wait at all."""
+        if self._closing:
+            return refusals.shutting_down()
+        failed = self._backoffs.refusal(spec, now)
+        if failed is not None:
+            return failed
+        if self._max_queue is not None and len(self._queue) >= self._max_queue:
+            return refusals.queue_full(spec.key, self._max_queue)
+        among = self._among(spec, now, arrived_at=now, replaced=engine)
+        if planner.fits_at_all(spec, spec.wants, among):
+            return None
+        never = Plan(Verdict.NEVER, fill(spec.wants, spec.defaults), spec.placements[0])
+        return self._too_large(spec, spec.wants, never, among)
+
+    def _too_large(
+        self, spec: EngineSpec, wants: LoadOptions, never: Plan, among: Surroundings
+    ) -> GatewayError:
+        decision = self._weigher.explained(spec, wants, never, among, self.devices())
+        return refusals.too_large(decision)
+
     def _advance(self, now: float, effects: list[Effect]) -> None:
-        """Give ready engines to those who wait for them, then start what there is room for."""
-        for waiter in list(self._queue.values()):
-            engine = self._engines.get(waiter.spec.key)
-            if engine is not None and _serves(engine, waiter.spec):
-                del self._queue[waiter.ticket]
-                self._grant(waiter.ticket, engine, waiter.ttl_s, now, effects)
-        for engine in list(self._engines.values()):
-            if engine.retire is not None and engine.state is EngineState.READY:
-                self._drain(engine, engine.retire, effects)
+        """Start what there is room for, in the order of arrival."""
+        self._look_again_at = None
+        if not self._queue:
+            return
         blocked = False
-        for waiter, served_before in self._first_of_each_key():
-            if blocked and waiter.spec.footprint.engines > 0:
+        promised: set[ModelKey] = set()  # whose successors have their predecessors' room
+        for line in self._queue.lines():
+            spec = line.first.spec
+            engine = self._engines.get(spec.key)
+            if blocked and spec.key.is_local:
                 continue  # an upstream takes no room, so it need not wait for those who do
-            engine = self._engines.get(waiter.spec.key)
             if engine is None:
-                if self._make_room(waiter, served_before, now, effects):
-                    self._start(waiter.spec, effects)
-                else:
-                    blocked = True
-            elif engine.state is EngineState.READY:  # it does not cover what this waiter asks
+                blocked = not self._try_start(line, promised, now, effects) or blocked
+            elif engine.state is EngineState.READY:  # it does not cover what is asked
                 self._drain(engine, "options", effects)
+                promised.add(spec.key)
+            else:
+                promised.add(spec.key)
 
-    def _first_of_each_key(self) -> Iterator[tuple[_Waiter, frozenset[ModelKey]]]:
-        """The first waiter of each key in order, with the keys of those before it."""
-        before: set[ModelKey] = set()
-        for waiter in list(self._queue.values()):
-            if waiter.spec.key not in before:
-                yield waiter, frozenset(before)
-                before.add(waiter.spec.key)
-
-    def _blocked(self) -> _Waiter | None:
-        """Return the waiter whose turn it is, if nobody is leaving to make room for it."""
-        for waiter, before in self._first_of_each_key():
-            if waiter.spec.key not in self._engines:
-                fits = self._fits_without(waiter, before, EngineState.DRAINING)
-                return None if fits else waiter
-        return None
-
-    def _make_room(
-        self, waiter: _Waiter, served_before: frozenset[ModelKey], now: float, effects: list[Effect]
+    def _try_start(
+        self, line: Line, promised: set[ModelKey], now: float, effects: list[Effect]
     ) -> bool:
-        """Whether the waiter's engine may start now; if not, ask somebody to leave."""
-        if self._fits_without(waiter, served_before):
-            return True
-        while not self._fits_without(waiter, served_before, EngineState.STOPPING):
-            victim = next(iter(cheapest_first(self._idle())), None)
-            if victim is None:
-                break
-            self._stop(self._engines[victim.engine.key], "evicted", effects)
-        else:
+        """Start the line's engine, or ask others to leave for it; False: the line must wait."""
+        if line.after:
             return False
-        busy = [
-            e
-            for e in self._engines.values()
-            if e.state is EngineState.READY and e.spec.footprint.engines > 0
-        ]
-        if (
-            busy
-            and now >= waiter.arrived_at + self._fair_wait_s
-            and not self._fits_without(waiter, served_before, EngineState.DRAINING)
-        ):
-            self._drain(
-                min(busy, key=lambda e: (len(e.leases), e.last_granted)), "evicted", effects
-            )
-        return False
+        first = line.first
+        spec = first.spec
+        among = self._among(spec, now, arrived_at=first.arrived_at, promised=promised)
+        wants, found = self._plan_for(line, among)
+        match found.verdict:
+            case Verdict.LOAD | Verdict.EVICT:
+                devices = self.devices()
+                decision = self._weigher.explained(spec, wants, found, among, devices)
+                for victim in found.victims:
+                    engine = self._engines[victim.engine.key]
+                    self._stop(engine, "evicted", effects, decision=decision)
+                if found.victims:
+                    return False
+                self._start(spec, wants, decision, effects)
+            case Verdict.NEVER:
+                # It fitted when it came; other programs have taken the memory since.
+                error = self._too_large(spec, wants, found, among)
+                self._refuse_line(spec.key, error, effects)
+            case _:
+                amounts = self._weigher.amounts(spec, found.options, found.placement)
+                self._make_fair(first, amounts, among, promised, now, effects)
+                return False
+        return True
 
-    def _fits_without(
-        self,
-        waiter: _Waiter,
-        served_before: frozenset[ModelKey],
-        leaving: EngineState | None = None,
-    ) -> bool:
-        """Whether there is room once the engines that leave are gone.
+    def _plan_for(self, line: Line, among: Surroundings) -> tuple[LoadOptions, Plan]:
+        """Return what the line's engine shall serve, and how it can be had.
 
-        `leaving` DRAINING counts those that are already stopping too. An engine whose own
-        successor is awaited by somebody before this waiter frees nothing for it.
+        Everybody's wishes united where that fits, else those of the first alone.
         """
-        gone = {
-            None: (),
-            EngineState.STOPPING: (EngineState.STOPPING,),
-            EngineState.DRAINING: (EngineState.STOPPING, EngineState.DRAINING),
-        }[leaving]
-        present: list[Footprint] = [
-            e.spec.footprint
-            for e in self._engines.values()
-            if e.state not in gone or e.id.key in served_before
-        ]
-        return self._ledger.fits(waiter.spec.footprint, present)
+        first = line.first.spec
+        legacy = self._legacies.get(first.key)
+        wants = LoadOptions() if legacy is None else legacy.wants
+        # From the last to the first, so that the first one's wish wins a contradiction.
+        for waiter in reversed(line.waiters.values()):
+            wants = union(wants, waiter.spec.wants)
+        found = planner.plan(first, wants, among)
+        if found.verdict is Verdict.NEVER and wants != first.wants:
+            wants = first.wants
+            found = planner.plan(first, wants, among)
+        return wants, found
 
-    def _idle(self) -> Iterable[Candidate]:
+    def _make_fair(
+        self,
+        first: Waiter,
+        amounts: Amounts,
+        among: Surroundings,
+        promised: set[ModelKey],
+        now: float,
+        effects: list[Effect],
+    ) -> None:
+        """See to it that who waits for engines in use does not wait for ever."""
+        leaving = Counter(among.leaving)
+        for candidate in among.candidates:
+            leaving.update(candidate.frees)
+        lingering = {
+            engine.id: leaves_at
+            for engine in self._idle()
+            if (leaves_at := self._leaves_at(engine, first.arrived_at)) > now
+        }
+        times = list(lingering.values())
+        leaving += self._weigher.charges(
+            engine
+            for engine in self._engines.values()
+            if engine.id in lingering
+            or (engine.state is EngineState.DRAINING and engine.id.key not in promised)
+        )
+        for engine in sorted(self._busy(), key=lambda e: (len(e.leases), e.granted_at)):
+            lacking = self._ledger.lacks(amounts, freed=leaving)
+            charge = self._ledger.charge_of(engine.id)
+            if any(charge.get(resource) for resource in lacking):
+                leaving.update(charge)
+                times.append(self._drains_at(engine, first))
+                if times[-1] <= now:
+                    self._drain(engine, "evicted", effects)
+        self._look_again_at = min((at for at in times if at > now), default=None)
+
+    def _drains_at(self, engine: Engine, first: Waiter) -> float:
+        """From when on a busy engine takes no new leases, for the first in the queue."""
+        assert engine.ready_at is not None
+        fair_at = first.arrived_at + self._fair_wait_s
+        return max(fair_at, engine.ready_at + self._min_residency_s)
+
+    def _busy(self) -> Iterator[Engine]:
+        return (engine for engine in self._movable() if engine.leases)
+
+    def _idle(self) -> Iterator[Engine]:
+        return (engine for engine in self._movable() if not engine.leases)
+
+    def _movable(self) -> Iterator[Engine]:
+        """Yield the ready engines that may be asked to leave for others."""
         for engine in self._engines.values():
-            if engine.state is EngineState.READY and engine.idle_since is not None:
-                yield Candidate(engine.id, engine.spec.footprint, engine.idle_since)
+            if (
+                engine.state is EngineState.READY
+                and engine.counts
+                and engine.id.key.model not in self._pinned
+            ):
+                yield engine
+
+    def _leaves_at(self, engine: Engine, arrived_at: float) -> float:
+        """From when on this idle engine may leave for one who came at `arrived_at`."""
+        since, ready_at = engine.idle_since, engine.ready_at
+        assert since is not None
+        assert ready_at is not None
+        if engine.granted_at is None or arrived_at >= since:
+            return since
+        return min(ready_at + self._min_residency_s, since + LINGER_S)
+
+    def _among(
+        self,
+        spec: EngineSpec,
+        now: float,
+        *,
+        arrived_at: float,
+        promised: Iterable[ModelKey] = (),
+        replaced: Engine | None = None,
+    ) -> Surroundings:
+        """Return what a load is planned among.
+
+        Engines of `promised` keys keep their room for their successors; `replaced` is the
+        engine that the planned one takes the place of.
+        """
+        leaving, staying, candidates = [], [], []
+        for engine in self._engines.values():
+            if engine is replaced:
+                leaving.append(engine)
+            elif engine.id.key in promised:
+                continue
+            elif engine.state is EngineState.STOPPING:
+                leaving.append(engine)
+            elif engine.id.key.model in self._pinned:
+                staying.append(engine)
+            elif (
+                engine.idle_since is not None
+                and engine.counts
+                and self._leaves_at(engine, arrived_at) <= now
+            ):
+                candidates.append(self._weigher.candidate(engine, now))
+        return self._weigher.among(spec, leaving=leaving, staying=staying, candidates=candidates)
 
     # Engines and tickets.
 
-    def _awaited(self, key: ModelKey) -> bool:
-        return any(waiter.spec.key == key for waiter in self._queue.values())
-
-    def _current(self, engine_id: EngineId) -> _Engine | None:
+    def _current(self, engine_id: EngineId) -> Engine | None:
         engine = self._engines.get(engine_id.key)
         return engine if engine is not None and engine.id == engine_id else None
 
-    def _start(self, spec: EngineSpec, effects: list[Effect]) -> None:
+    def _start(
+        self, spec: EngineSpec, wants: LoadOptions, decision: Decision, effects: list[Effect]
+    ) -> None:
         key = spec.key
         incarnation = self._incarnations[key] = self._incarnations.get(key, 0) + 1
-        legacy = self._legacies.pop(key, _Legacy(LoadOptions(), self._default_ttl_s))
-        wants = legacy.wants
-        # From the last to the first, so that the first one's wish wins a contradiction.
-        for waiter in reversed(self._queue.values()):
-            if waiter.spec.key == key:
-                wants = union(wants, waiter.spec.wants)
-        engine = _Engine(
+        legacy = self._legacies.pop(key, None)
+        engine = Engine(
             EngineId(key, incarnation),
             spec,
             wants,
-            fill(wants, spec.defaults),
-            legacy.ttl_s,
+            decision.options,
+            decision.placement,
+            decision.footprint,
+            decision,
+            self._default_ttl_s if legacy is None else legacy.ttl_s,
         )
         self._engines[key] = engine
-        effects.append(Start(engine.id, spec, engine.options))
+        self._ledger.charge(engine.id, dict(engine.footprint.demands(engine.placement)))
+        effects.append(Start(engine.id, spec, engine.options, engine.placement, decision))
 
     def _grant(
         self,
         ticket: Ticket,
-        engine: _Engine,
+        engine: Engine,
         ttl_s: float | None,
         now: float,
         effects: list[Effect],
     ) -> None:
         self._tickets[ticket] = engine
-        engine.leases.add(ticket)
-        engine.idle_since = None
-        engine.last_granted = now
+        engine.lend(ticket, now)
         if ttl_s is not None:
             engine.ttl_s = ttl_s
         effects.append(Grant(ticket, engine.id))
 
     def _refuse(self, ticket: Ticket, error: GatewayError, effects: list[Effect]) -> None:
-        self._leave_queue(ticket)
+        self._leave_line(ticket)
         effects.append(Refuse(ticket, error))
 
-    def _leave_queue(self, ticket: Ticket) -> None:
-        key = self._queue.pop(ticket).spec.key
-        if not self._awaited(key):
+    def _leave_line(self, ticket: Ticket) -> ModelKey:
+        key = self._queue.leave(ticket)
+        if self._queue.line(key) is None:
             self._legacies.pop(key, None)
+        return key
 
-    def _refuse_waiting(self, key: ModelKey, error: GatewayError, effects: list[Effect]) -> None:
-        for waiter in list(self._queue.values()):
-            if waiter.spec.key == key:
-                self._refuse(waiter.ticket, error.again(), effects)
+    def _refuse_line(self, key: ModelKey, error: GatewayError, effects: list[Effect]) -> None:
+        line = self._queue.line(key)
+        for ticket in [] if line is None else list(line.waiters):
+            self._refuse(ticket, error.again(), effects)
 
-    def _retire(self, engine: _Engine, reason: str, effects: list[Effect]) -> None:
+    def _retire(self, engine: Engine, reason: str, effects: list[Effect]) -> None:
         """Let the engine go once those it was promised to have been served."""
         if engine.state is EngineState.READY:
             self._drain(engine, reason, effects)
         elif engine.state is EngineState.STARTING:
-            if self._awaited(engine.id.key):
+            if self._queue.line(engine.id.key) is not None:
                 engine.retire = reason
             else:
                 self._stop(engine, reason, effects)
 
-    def _drain(self, engine: _Engine, reason: str, effects: list[Effect]) -> None:
+    def _drain(self, engine: Engine, reason: str, effects: list[Effect]) -> None:
         engine.state = step(engine.state, EngineEvent.DRAIN)
         engine.retire = reason
         if not engine.leases:
             self._stop(engine, reason, effects)
 
     def _stop(
-        self, engine: _Engine, reason: str, effects: list[Effect], *, force: bool = False
+        self,
+        engine: Engine,
+        reason: str,
+        effects: list[Effect],
+        *,
+        force: bool = False,
+        decision: Decision | None = None,
     ) -> None:
         engine.state = step(engine.state, EngineEvent.STOP)
         engine.idle_since = None
-        effects.append(Stop(engine.id, reason, force))
+        effects.append(Stop(engine.id, reason, force, decision))
 
-    def _too_late(self, waiter: _Waiter, now: float) -> GatewayError:
-        engine = self._engines.get(waiter.spec.key)
-        loading = engine is not None and engine.state is EngineState.STARTING
-        say = refusals.still_loading if loading else refusals.no_room
-        return say(waiter.spec.key, now - waiter.arrived_at)
-
-
-def _serves(engine: _Engine, spec: EngineSpec) -> bool:
-    """Whether a request may have a lease on this engine now."""
-    return (
-        engine.state is EngineState.READY
-        and engine.spec.revision == spec.revision  # else its file has been replaced
-        and covers(engine.options, spec.wants)
-    )
-
-
-def _idle_deadline(engine: _Engine | EngineView) -> float | None:
-    if engine.idle_since is None or engine.ttl_s == 0 or engine.state is not EngineState.READY:
-        return None
-    return engine.idle_since + engine.ttl_s
+    def _idle_deadline(self, engine: Engine) -> float | None:
+        return None if engine.id.key.model in self._pinned else engine.idle_deadline()

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 from xandrouting.core.errors import GatewayError
 from xandrouting.core.model import (
     Backend,
+    Cost,
     EngineSpec,
     LaunchPlan,
     LoadOptions,
+    Placement,
     StartFailure,
 )
+
+PerLayer = int | tuple[int, ...] | None
+"""The same for every layer, or one number for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,30 @@ class ModelFacts:
     context_length: int | None = None
     layers: int | None = None
     pooling: bool = False  # the file says how to pool: a model made for embeddings or ranking
+    architecture: str | None = None
+    embedding_length: int | None = None
+    feed_forward: int | None = None  # of what works on one token: the chosen experts together
+    vocab_size: int | None = None
+    head_count: PerLayer = None
+    head_count_kv: PerLayer = None
+    key_length: int | None = None
+    value_length: int | None = None
+    latent_length: int | None = None  # set: one latent of so many values for all heads (MLA)
+    sliding_window: int | None = None
+    sliding_pattern: PerLayer = None  # every so many layers one is full; a tuple: 1 slides
+    type_bytes: tuple[tuple[str, int], ...] = ()  # of the tensors, by their type
+    block_bytes: tuple[int, ...] = ()  # of each layer's tensors
+    embedding_bytes: int = 0  # of the table that turns tokens into vectors
+    output_bytes: int = 0  # of what comes after the last layer
+    mmproj_bytes: int = 0  # of the projector that gives it eyes
+
+
+class Phase(StrEnum):
+    """What a loading engine is at."""
+
+    STARTING = "starting"  # its process begins
+    READING = "loading_weights"
+    WARMING = "warming_up"  # the model is in memory; a first run, then it listens
 
 
 class EngineAdapter(Protocol):
@@ -39,8 +69,16 @@ class EngineAdapter(Protocol):
     def defaults(self, facts: ModelFacts, device: str) -> LoadOptions:
         """Return what an engine is started with where nobody asked."""
 
-    def plan(self, spec: EngineSpec, options: LoadOptions, *, api_key: str) -> LaunchPlan:
-        """Return what to run for `spec` with `options`, all of them settled."""
+    def cost(self, facts: ModelFacts, device: str) -> Cost:
+        """Return what an engine of this model takes, for any options."""
+
+    def plan(
+        self, spec: EngineSpec, options: LoadOptions, *, api_key: str, placement: Placement
+    ) -> LaunchPlan:
+        """Return what to run for `spec` with `options`, all of them settled, and where."""
+
+    def phase(self, tail: Sequence[str]) -> Phase:
+        """Tell from its last lines what a loading engine is at."""
 
     def classify(self, tail: Sequence[str], status: int | None) -> StartFailure:
         """Tell from its last lines and exit status why a start failed."""

@@ -11,12 +11,15 @@ from typing import Any, Final
 from xandrouting.core.errors import EngineRejected, GatewayError, UnsupportedByEngine
 from xandrouting.core.model import (
     Backend,
+    Cost,
     EngineSpec,
     LaunchPlan,
     LoadOptions,
+    Placement,
     StartFailure,
 )
-from xandrouting.engines.base import ModelFacts
+from xandrouting.engines.base import ModelFacts, Phase
+from xandrouting.engines.llamacpp_memory import CACHE_TYPE, cost_of
 
 _RUNNER: Final = (sys.executable, "-m", "xandrouting.engines.llamacpp_server")
 LIST_DEVICES: Final = (*_RUNNER, "--list-devices")
@@ -84,6 +87,8 @@ class LlamaCpp:
             n_gpu_layers=layers,
             n_parallel=None if slots is None else min(slots, MAX_SLOTS),
             embeddings=wants.embeddings,
+            cache_type_k=wants.cache_type_k,
+            cache_type_v=wants.cache_type_v,
         )
 
     def defaults(self, facts: ModelFacts, device: str) -> LoadOptions:
@@ -94,9 +99,17 @@ class LlamaCpp:
             n_gpu_layers=0 if on_cpu else -1,
             n_parallel=SLOTS_CPU if on_cpu else SLOTS_GPU,
             embeddings=facts.pooling,
+            cache_type_k=CACHE_TYPE,
+            cache_type_v=CACHE_TYPE,
         )
 
-    def plan(self, spec: EngineSpec, options: LoadOptions, *, api_key: str) -> LaunchPlan:
+    def cost(self, facts: ModelFacts, device: str) -> Cost:
+        """Return what an engine of this model takes, by its header."""
+        return cost_of(facts, on_cpu=device == "cpu")
+
+    def plan(
+        self, spec: EngineSpec, options: LoadOptions, *, api_key: str, placement: Placement
+    ) -> LaunchPlan:
         """Return the runner's command line; `options` must be settled and filled."""
         slots = options.n_parallel or 1
         argv = [
@@ -107,6 +120,8 @@ class LlamaCpp:
             *("--n-ctx-total", str(max(MIN_CTX, (options.n_ctx or DEFAULT_CTX) * slots))),
             *("--n-parallel", str(slots)),
             *("--n-gpu-layers", str(options.n_gpu_layers or 0)),
+            *("--cache-type-k", options.cache_type_k or CACHE_TYPE),
+            *("--cache-type-v", options.cache_type_v or CACHE_TYPE),
         ]
         if options.embeddings:
             # A chat model's file does not say how to make one vector of many.
@@ -120,17 +135,21 @@ class LlamaCpp:
             # When it aborts, its reason shall be its last words, not a debugger's report.
             ("GGML_NO_BACKTRACE", "1"),
         ]
-        device = spec.key.device
-        if device == "cpu":
-            env.append(("CUDA_VISIBLE_DEVICES", ""))
-        elif device.startswith("cuda:"):
-            env.append(("CUDA_VISIBLE_DEVICES", device.removeprefix("cuda:")))
+        cards = ",".join(card.removeprefix("cuda:") for card in placement)
+        env.append(("CUDA_VISIBLE_DEVICES", cards))
         return LaunchPlan(
             argv=tuple(argv),
             env=tuple(env),
             api_key=api_key,
             ready_line=READY_LINE,
         )
+
+    def phase(self, tail: Sequence[str]) -> Phase:
+        """Tell by the lines llama.cpp prints at its usual verbosity."""
+        text = "\n".join(tail)
+        if "threadpool init" in text:
+            return Phase.WARMING
+        return Phase.READING if "loading model" in text else Phase.STARTING
 
     def classify(self, tail: Sequence[str], status: int | None) -> StartFailure:
         """Tell from llama.cpp's error lines why a start failed."""

@@ -53,6 +53,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--n-ctx-total", type=int, help="tokens, of all slots")
     parser.add_argument("--n-parallel", type=int, help="slots")
     parser.add_argument("--n-gpu-layers", type=int, help="-1: all")
+    parser.add_argument("--cache-type-k", default="f16", help="what keys are stored as")
+    parser.add_argument("--cache-type-v", default="f16", help="what values are stored as")
     parser.add_argument(
         "--embeddings", choices=("model", "mean"), help="answer /v1/embeddings too, pooled so"
     )
@@ -71,6 +73,8 @@ def _params(options: argparse.Namespace) -> xllamacpp.CommonParams:
     params.n_ctx = options.n_ctx_total
     params.n_parallel = options.n_parallel
     params.n_gpu_layers = options.n_gpu_layers
+    params.cache_type_k = _ggml_type(options.cache_type_k)
+    params.cache_type_v = _ggml_type(options.cache_type_v)
     params.n_threads_http = HTTP_THREADS + options.n_parallel
     params.n_batch = PROMPT_BATCH
     params.fit_params = False  # the gateway plans; an engine that shrinks itself would belie it
@@ -85,6 +89,10 @@ def _params(options: argparse.Namespace) -> xllamacpp.CommonParams:
     if options.embeddings == "mean":
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     return params
+
+
+def _ggml_type(name: str) -> xllamacpp.ggml_type:
+    return getattr(xllamacpp.ggml_type, f"GGML_TYPE_{name.upper()}")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ from typing import Any, Final
 from xandrouting.core.errors import GatewayError
 from xandrouting.core.model import (
     Backend,
+    Cost,
     EngineSpec,
+    FixedCost,
+    Footprint,
     LaunchPlan,
     LoadOptions,
+    Placement,
     StartFailure,
 )
-from xandrouting.engines.base import ModelFacts
+from xandrouting.engines.base import ModelFacts, Phase
 
 
 class Upstream:
@@ -32,10 +36,25 @@ class Upstream:
         """Return no options."""
         return LoadOptions()
 
-    def plan(self, spec: EngineSpec, options: LoadOptions, *, api_key: str) -> LaunchPlan:  # noqa: ARG002
+    def cost(self, facts: ModelFacts, device: str) -> Cost:  # noqa: ARG002
+        """Return nothing: it runs elsewhere."""
+        return FixedCost(Footprint(engines=0))
+
+    def plan(
+        self,
+        spec: EngineSpec,
+        options: LoadOptions,  # noqa: ARG002
+        *,
+        api_key: str,  # noqa: ARG002
+        placement: Placement,  # noqa: ARG002
+    ) -> LaunchPlan:
         """Return the address, and the key the operator set for it."""
         key = self._keys.get(spec.key.model, "")
         return LaunchPlan(base_url=spec.source, api_key=key, health_path="")
+
+    def phase(self, tail: Sequence[str]) -> Phase:  # noqa: ARG002
+        """Return that it starts: all that is waited for is a connection."""
+        return Phase.STARTING
 
     def classify(self, tail: Sequence[str], status: int | None) -> StartFailure:  # noqa: ARG002
         """Return that it is gone: nothing was started, so nothing more can be told."""

@@ -11,15 +11,18 @@ from xandrouting.core.engine_state import EngineState
 from xandrouting.core.errors import GatewayError, InvalidRequest, MethodNotAllowed, NotFound
 from xandrouting.http import lists
 from xandrouting.http.body import ClientLeft
+from xandrouting.http.decisions import device_items
 from xandrouting.http.errors import headers_of, to_bytes
+from xandrouting.http.events import add_event_calls
 from xandrouting.http.inference import HOT_PATHS
 from xandrouting.http.lifecycle import add_lifecycle_calls
 from xandrouting.http.models import add_model_lists
 from xandrouting.http.openapi import describe
-from xandrouting.http.schemas import ErrorAnswer, Health, Root
+from xandrouting.http.schemas import ErrorAnswer, Health, Root, System
 from xandrouting.http.services import Services
-from xandrouting.proxy.request import LoadRequest, UnloadRequest
+from xandrouting.proxy.request import LoadRequest, PinRequest, PlanRequest, UnloadRequest
 
+SHOWN_PATHS = ("/v1/models", "/v1/models/loaded", "/v1/events", "/v1/system", "/health")
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 405, 413, 429, 500, 502, 503)
 }
@@ -36,9 +39,10 @@ def build_control(services: Services) -> FastAPI:
     )
     _add_error_handlers(app)
     _add_status_calls(app, services)
+    add_event_calls(app, services.bus)
     add_lifecycle_calls(app, services)
     add_model_lists(app, services)  # last: a model's id may be any path
-    describe(app, HOT_PATHS, (LoadRequest, UnloadRequest))
+    describe(app, HOT_PATHS, (LoadRequest, PinRequest, PlanRequest, UnloadRequest))
     return app
 
 
@@ -82,7 +86,9 @@ def _add_status_calls(app: FastAPI, services: Services) -> None:
             status="running",
             version=services.version,
             docs="/docs",
-            endpoints=sorted({*HOT_PATHS, "/v1/models", "/v1/models/loaded", "/health"}),
+            endpoints=sorted(
+                {*HOT_PATHS, "/v1/models", "/v1/models/loaded", "/v1/system", "/health"}
+            ),
         )
 
     @app.get("/health", tags=["status"])
@@ -98,6 +104,18 @@ def _add_status_calls(app: FastAPI, services: Services) -> None:
                 lists.is_local(view) and view.state is EngineState.READY for view, _ in pool.views()
             ),
             engines=backends,
+        )
+
+    @app.get("/v1/system", tags=["status"])
+    async def system() -> System:
+        """Show this machine's memory: what there is, what is held for whom, what is free."""
+        return System(
+            node="local",
+            version=services.version,
+            uptime_seconds=round(stats.uptime_s, 3),
+            devices=device_items(pool.devices()),
+            pinned=sorted(pool.pinned),
+            queued_requests=pool.queued,
         )
 
     @app.get("/metrics", tags=["status"], response_class=Response)

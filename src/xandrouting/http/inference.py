@@ -20,7 +20,8 @@ from xandrouting.http.errors import headers_of, to_bytes, to_sse
 from xandrouting.http.gate import Gate
 from xandrouting.http.protocol import Connection, connection_of
 from xandrouting.inventory.inventory import Inventory
-from xandrouting.pool.pool import Claim, Engine, EnginePool
+from xandrouting.pool.engine import Engine
+from xandrouting.pool.pool import Claim, EnginePool
 from xandrouting.proxy.forward import Answer, Send, ask, relay
 from xandrouting.proxy.headers import EVENT_STREAM_HEADERS
 from xandrouting.proxy.request import BodyParser, Chat, Inference, Routing, body_for
@@ -80,6 +81,7 @@ class InferenceApi:
         stats: RequestStats,
         keepalive_after_s: float,
         max_load_wait_s: float,
+        max_queue_wait_s: float,
         max_body_bytes: int,
     ) -> None:
         self.gate = gate
@@ -89,6 +91,7 @@ class InferenceApi:
         self.stats = stats
         self.keepalive_after_s = keepalive_after_s
         self.max_load_wait_s = max_load_wait_s
+        self.max_queue_wait_s = max_queue_wait_s
         self.max_body_bytes = max_body_bytes
         self._prefix = f"req_{secrets.token_hex(4)}"
         self._numbers = itertools.count(1)
@@ -196,7 +199,8 @@ class _Call:
         claim = api.pool.claim(
             route.spec,
             ttl_s=route.ttl_s,
-            wait_s=api.max_load_wait_s,
+            wait_s=None if stream else api.max_load_wait_s,  # a stream is told how far the load is
+            queue_wait_s=api.max_queue_wait_s,
             spelling=spelling,
         )
         try:

@@ -1,21 +1,33 @@
-"""Load and unload, by wish."""
+"""Load, unload, pin and plan, by wish."""
 
 from __future__ import annotations
-
-import asyncio
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from xandrouting.core.errors import GatewayError, ModelNotFound, ModelNotLoaded
-from xandrouting.core.scheduler import EngineView
+from xandrouting.core.engine import EngineView
+from xandrouting.core.errors import ModelNotFound, ModelNotLoaded
 from xandrouting.http import lists
 from xandrouting.http.body import read_body
+from xandrouting.http.decisions import decision_item
 from xandrouting.http.openapi import request_body
-from xandrouting.http.schemas import LoadedItem, LoadStarted, Unloaded, UnloadResult
+from xandrouting.http.schemas import (
+    DecisionItem,
+    LoadedItem,
+    LoadJob,
+    Pinned,
+    Unloaded,
+    UnloadResult,
+)
 from xandrouting.http.services import Services
-from xandrouting.pool.pool import Claim, Engine
-from xandrouting.proxy.request import BodyParser, LoadRequest, UnloadRequest
+from xandrouting.pool.engine import Engine
+from xandrouting.proxy.request import (
+    BodyParser,
+    LoadRequest,
+    PinRequest,
+    PlanRequest,
+    UnloadRequest,
+)
 
 MAX_BODY_BYTES = 1 << 20
 
@@ -23,22 +35,51 @@ MAX_BODY_BYTES = 1 << 20
 def add_lifecycle_calls(app: FastAPI, services: Services) -> None:
     """Add the calls that load and unload."""
     load_parser, unload_parser = BodyParser(LoadRequest), BodyParser(UnloadRequest)
-    loads = _Loads(services)
+    plan_parser, pin_parser = BodyParser(PlanRequest), BodyParser(PinRequest)
+    loads = services.loads
 
     @app.post(
         "/v1/models/load",
         tags=["models"],
         openapi_extra=request_body(LoadRequest),
-        responses={202: {"model": LoadStarted}},
+        responses={202: {"model": LoadJob}},
     )
     async def load(request: Request) -> LoadedItem:
         """Load a model; with `wait: false` answer 202 at once."""
         wanted = load_parser.parse(await _body(request))
-        claim = await loads.begin(wanted)
         if wanted.wait is False:
-            started = loads.go_on(claim, wanted.model)
-            return JSONResponse(started.model_dump(), 202)  # type: ignore[return-value]
-        return await loads.finish(claim)
+            job = loads.job_item(await loads.start(wanted))
+            return JSONResponse(job.model_dump(), 202)  # type: ignore[return-value]
+        return await loads.finish(
+            await loads.begin(wanted, wait_s=services.inference.max_load_wait_s)
+        )
+
+    @app.get("/v1/models/load/{load_id}", tags=["models"])
+    async def load_job(load_id: str) -> LoadJob:
+        """Tell how far a load is that was begun with `wait: false`."""
+        return loads.job_item(loads.job(load_id))
+
+    @app.delete("/v1/models/load/{load_id}", tags=["models"])
+    async def cancel_load(load_id: str) -> LoadJob:
+        """Take a load back; it ends unless somebody else waits for the model."""
+        return loads.job_item(await loads.cancel(load_id))
+
+    @app.post("/v1/models/plan", tags=["models"], openapi_extra=request_body(PlanRequest))
+    async def plan(request: Request) -> DecisionItem:
+        """Tell what loading a model would take and who would leave for it; nothing is changed."""
+        wanted = plan_parser.parse(await _body(request))
+        route = await services.inference.route(wanted, embeddings=wanted.embeddings is True)
+        return decision_item(services.pool.plan(route.spec))
+
+    @app.post("/v1/models/pin", tags=["models"], openapi_extra=request_body(PinRequest))
+    async def pin(request: Request) -> Pinned:
+        """Let a model be neither a victim nor unloaded by time, or take that back."""
+        wanted = pin_parser.parse(await _body(request))
+        await services.inventory.refresh()
+        model = services.catalog.names().resolve(wanted.model).id
+        services.pool.pin(model, pinned=wanted.pinned)
+        loaded = any(view.engine.key.model == model for view, _ in services.pool.views())
+        return Pinned(model=wanted.model, path=model, pinned=wanted.pinned, loaded=loaded)
 
     @app.post("/v1/models/unload", tags=["models"], openapi_extra=request_body(UnloadRequest))
     async def unload(request: Request) -> Unloaded:
@@ -58,50 +99,6 @@ def add_lifecycle_calls(app: FastAPI, services: Services) -> None:
     async def unload_all() -> Unloaded:
         """Unload every engine and answer when they are gone; busy ones end first."""
         return await _let_go(services, _local_engines(services), force=False)
-
-
-class _Loads:
-    """Loads by wish, and those among them that nobody waits for."""
-
-    def __init__(self, services: Services) -> None:
-        self._services = services
-        self._unwatched: set[asyncio.Task[None]] = set()
-
-    async def begin(self, wanted: LoadRequest) -> Claim:
-        inference = self._services.inference
-        route = await inference.route(wanted, embeddings=wanted.embeddings is True)
-        return self._services.pool.claim(
-            route.spec,
-            ttl_s=route.ttl_s,
-            wait_s=inference.max_load_wait_s,
-            spelling=wanted.model,
-        )
-
-    async def finish(self, claim: Claim) -> LoadedItem:
-        """Wait for the engine, let it idle, and describe it."""
-        try:
-            engine = await claim.granted()
-        finally:
-            claim.release()
-        found = self._services.pool.view(claim.key)
-        if found is None or found[1] is not engine:
-            raise ModelNotLoaded(f"{claim.key.model} was unloaded again before this answer.")
-        return lists.loaded_item(*found, now=asyncio.get_running_loop().time())
-
-    def go_on(self, claim: Claim, spelling: str) -> LoadStarted:
-        """Let the load go on by itself, and tell how far it is."""
-        task = asyncio.create_task(self._unseen(claim))
-        self._unwatched.add(task)
-        task.add_done_callback(self._unwatched.discard)
-        found = self._services.pool.view(claim.key)
-        state = "queued" if found is None else str(found[0].state)
-        return LoadStarted(model=spelling, path=claim.key.model, state=state)
-
-    async def _unseen(self, claim: Claim) -> None:
-        try:
-            await self.finish(claim)
-        except GatewayError:
-            pass  # the pool logged it, and the model's status tells
 
 
 async def _body(request: Request) -> bytes:

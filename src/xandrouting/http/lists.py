@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
+from xandrouting.core.engine import EngineView
 from xandrouting.core.engine_state import EngineState
-from xandrouting.core.model import Backend
-from xandrouting.core.scheduler import EngineView
+from xandrouting.core.model import ENGINES, Backend, MemoryUse
+from xandrouting.http.decisions import decision_item, loading_item
 from xandrouting.http.schemas import (
     InventoryFile,
     InventoryItem,
@@ -19,7 +21,8 @@ from xandrouting.http.schemas import (
     UnloadResult,
 )
 from xandrouting.inventory.model_file import VIRTUAL_ROOT, ModelFile
-from xandrouting.pool.pool import Engine, EnginePool
+from xandrouting.pool.engine import Engine
+from xandrouting.pool.pool import EnginePool
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -48,7 +51,7 @@ def cache_key(view: EngineView) -> str:
 
 def is_local(view: EngineView) -> bool:
     """Whether the engine is one of ours and not somebody else's server."""
-    return view.engine.key.backend is not Backend.UPSTREAM
+    return view.engine.key.is_local
 
 
 def loaded_item(view: EngineView, engine: Engine, *, now: float) -> LoadedItem:
@@ -57,7 +60,7 @@ def loaded_item(view: EngineView, engine: Engine, *, now: float) -> LoadedItem:
     remaining = None if deadline is None else round(max(0.0, deadline - now), 3)
     loaded_at = iso(engine.loaded_at)
     key, options = view.engine.key, view.options
-    memory = engine.memory
+    memory, footprint = engine.memory, view.decision.footprint
     return LoadedItem(
         model=engine.spelling,
         model_path=engine.spelling,
@@ -76,21 +79,33 @@ def loaded_item(view: EngineView, engine: Engine, *, now: float) -> LoadedItem:
         expires_at=None if remaining is None else iso(time.time() + remaining),
         load_seconds=None if engine.load_seconds is None else round(engine.load_seconds, 3),
         active_requests=view.active,
-        pinned=False,
+        pinned=view.pinned,
         n_ctx=options.n_ctx,
         n_gpu_layers=options.n_gpu_layers,
         n_parallel=options.n_parallel,
         gpu_memory_utilization=options.gpu_memory_utilization,
         max_model_len=options.max_model_len,
+        cache_type_k=options.cache_type_k,
+        cache_type_v=options.cache_type_v,
         memory=MemoryItem(
-            estimated_bytes=view.spec.footprint.host_bytes or None,
-            measured_bytes=memory.host_bytes,
+            estimated_bytes=footprint.host_bytes + footprint.device_bytes,
+            charged_bytes=sum(n for name, n in view.charged.items() if name != ENGINES),
+            measured_bytes=_together(memory),
             device_bytes=memory.device_bytes,
             host_bytes=memory.host_bytes,
         ),
         pid=None if engine.handle is None else engine.handle.pid,
         node="local",
+        placement=list(view.placement),
+        loading=loading_item(engine.loading(now)),
+        decision=decision_item(view.decision),
     )
+
+
+def _together(memory: MemoryUse) -> int | None:
+    if memory.host_bytes is None:
+        return None
+    return memory.host_bytes + (memory.device_bytes or 0)
 
 
 def unload_result(view: EngineView, engine: Engine) -> UnloadResult:
@@ -109,12 +124,16 @@ def unload_result(view: EngineView, engine: Engine) -> UnloadResult:
 
 def status_of(file: ModelFile, pool: EnginePool) -> Status:
     """Return the state of a model: the best of its engines', else how its last load went."""
-    states = [
-        _SHOWN_STATE[view.state] for view, _ in pool.views() if view.engine.key.model == file.id
-    ]
-    for value in ("loaded", "loading"):
-        if value in states:
-            return Status(value=value)
+    loading = None
+    for view, engine in pool.views():
+        if view.engine.key.model == file.id:
+            value = _SHOWN_STATE[view.state]
+            if value == "loaded":
+                return Status(value=value)
+            if value == "loading":
+                loading = engine.loading(asyncio.get_running_loop().time())
+    if loading is not None:
+        return Status(value="loading", loading=loading_item(loading))
     failure = pool.failure(file.id, file.revision)
     if failure is not None:
         return Status(value="failed", failed=True, message=failure.message)
@@ -143,7 +162,7 @@ def model_item(file: ModelFile, pool: EnginePool) -> ModelItem:
     )
 
 
-def inventory_item(file: ModelFile, pool: EnginePool) -> InventoryItem:
+def inventory_item(file: ModelFile, pool: EnginePool, *, fits: bool | None) -> InventoryItem:
     """Describe what lies on disk."""
     header = file.header
     metadata = (
@@ -184,6 +203,7 @@ def inventory_item(file: ModelFile, pool: EnginePool) -> InventoryItem:
         has_config=False,
         config_metadata=metadata,
         metadata=metadata,
+        fits=fits,
         problem=file.problem,
     )
 

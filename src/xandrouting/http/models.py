@@ -7,10 +7,13 @@ import asyncio
 from fastapi import FastAPI
 
 from xandrouting.core.engine_state import EngineState
+from xandrouting.core.errors import BackendUnavailable
+from xandrouting.core.planner import Verdict
 from xandrouting.http import lists
 from xandrouting.http.schemas import InventoryList, LoadedList, ModelItem, ModelList, Stats
 from xandrouting.http.services import Services
-from xandrouting.inventory.model_file import VIRTUAL_ROOT
+from xandrouting.inventory.model_file import VIRTUAL_ROOT, ModelFile
+from xandrouting.proxy.request import Routing
 
 
 def add_model_lists(app: FastAPI, services: Services) -> None:
@@ -39,7 +42,9 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
     async def on_disk() -> InventoryList:
         """List what lies under the models directory, damaged files too."""
         snapshot = await inventory.refresh()
-        items = [lists.inventory_item(file, pool) for file in snapshot.models]
+        items = [
+            lists.inventory_item(file, pool, fits=_fits(services, file)) for file in snapshot.models
+        ]
         total = sum(item.total_size_bytes for item in items)
         return InventoryList(
             models=items, total_models=len(items), total_size_gb=round(total / lists.GIB, 2)
@@ -57,6 +62,17 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
         names = services.catalog.names()
         rooted = f"/{model_id}" if model_id.startswith(f"{VIRTUAL_ROOT[1:]}/") else model_id
         return lists.model_item(names.resolve(rooted), pool)
+
+
+def _fits(services: Services, file: ModelFile) -> bool | None:
+    """Whether a model can be loaded here as it is by default."""
+    if file.problem is not None:
+        return None
+    try:
+        route = services.catalog.route(Routing(model=file.id))
+    except BackendUnavailable:
+        return False
+    return services.pool.plan(route.spec).verdict is not Verdict.NEVER
 
 
 def _stats(services: Services) -> Stats:

@@ -26,12 +26,24 @@ class ErrorAnswer(BaseModel):
     detail: str
 
 
+class LoadingItem(BaseModel):
+    """How far a load is. Null: not known yet.
+
+    `phase`: `starting`, `loading_weights` or `warming_up`.
+    """
+
+    phase: str
+    percent: int | None
+    seconds_left: float | None
+
+
 class Status(BaseModel):
     """A model's state: `unloaded`, `loading`, `loaded` or `failed`."""
 
     value: str
     failed: bool = False
     message: str | None = None  # why its last load failed
+    loading: LoadingItem | None = None
 
 
 class ModelItem(BaseModel):
@@ -57,12 +69,109 @@ class ModelList(BaseModel):
 
 
 class MemoryItem(BaseModel):
-    """What an engine takes. Measured: the PSS of its process tree; null: not measured (yet)."""
+    """What an engine takes. Measured: the PSS of its process tree; null: not measured (yet).
+
+    `charged_bytes` is what the ledger holds for it on all devices together.
+    """
 
     estimated_bytes: int | None
+    charged_bytes: int
     measured_bytes: int | None
     device_bytes: int | None
     host_bytes: int | None
+
+
+class DeviceItem(BaseModel):
+    """One device's line of the ledger.
+
+    `budget_bytes`: what engines may take together. `others_bytes`: what other programs take.
+    `reserved_bytes`: promised to engines that start. `used_bytes`: charged for those that run.
+    `free_bytes`: what could be promised now. `stale`: the system could not tell this time.
+    """
+
+    device: str
+    name: str
+    capacity_bytes: int
+    capacity_gb: float
+    budget_bytes: int
+    budget_gb: float
+    others_bytes: int
+    others_gb: float
+    reserved_bytes: int
+    reserved_gb: float
+    used_bytes: int
+    used_gb: float
+    free_bytes: int
+    free_gb: float
+    stale: bool
+
+
+class TermsItem(BaseModel):
+    """What makes up an engine's memory on one kind of device, estimated."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    compute_bytes: int
+    overhead_bytes: int
+    total_bytes: int
+
+
+class FootprintItem(BaseModel):
+    """What an engine takes: `learned` from an earlier load, or the sum of the estimated terms."""
+
+    source: str
+    host_bytes: int
+    device_bytes: int
+    total_bytes: int
+    total_gb: float
+    host: TermsItem
+    device: TermsItem
+
+
+class VictimItem(BaseModel):
+    """An engine that leaves, and what its loss was weighed by: the lowest score goes first."""
+
+    model: str
+    engine: str
+    frees: dict[str, int]
+    idle_seconds: float
+    uses: float
+    reload_seconds: float
+    score: float
+
+
+class DecisionItem(BaseModel):
+    """What is loaded where, what it takes, who leaves for it, and why.
+
+    `verdict`: `hit` (a running engine serves it), `load` (it fits beside the others), `evict`
+    (once the victims are gone), `wait` (once engines in use or on their way out are), `reload`
+    (its engine is loaded anew with other options), `never`. `expected_seconds` is the load
+    itself, as the last one took or guessed from the size.
+    """
+
+    verdict: str
+    fits: bool
+    model: str
+    options: dict[str, Any]
+    placement: list[str]
+    estimate: FootprintItem
+    expected_seconds: float
+    devices: list[DeviceItem]
+    victims: list[VictimItem]
+    reasons: list[str]
+    lacking_bytes: dict[str, int]
+    alternatives: list[dict[str, Any]]
+
+
+class System(BaseModel):
+    """This machine: its memory and what is held of it."""
+
+    node: str
+    version: str
+    uptime_seconds: float
+    devices: list[DeviceItem]
+    pinned: list[str]
+    queued_requests: int
 
 
 class LoadedItem(BaseModel):
@@ -91,9 +200,14 @@ class LoadedItem(BaseModel):
     n_parallel: int | None
     gpu_memory_utilization: float | None
     max_model_len: int | None
+    cache_type_k: str | None
+    cache_type_v: str | None
     memory: MemoryItem
     pid: int | None
     node: str
+    placement: list[str]
+    loading: LoadingItem | None
+    decision: DecisionItem
 
 
 class LoadedList(BaseModel):
@@ -142,7 +256,9 @@ class InventoryItem(BaseModel):
     has_config: bool
     config_metadata: dict[str, Any]
     metadata: dict[str, Any]
-    fits: None = Field(default=None, description="Not known yet: null.")
+    fits: bool | None = Field(
+        description="Whether it can be loaded here with its default options; null: it is damaged."
+    )
     problem: str | None
 
 
@@ -177,12 +293,28 @@ class Stats(BaseModel):
     cache_uptime_seconds: float
 
 
-class LoadStarted(BaseModel):
-    """A load that goes on in the background."""
+class LoadJob(BaseModel):
+    """A load that goes on in the background.
 
+    `state`: `queued`, `starting`, `ready`, `failed` or `cancelled`; `error` says why it failed.
+    """
+
+    load_id: str
     model: str
     path: str
     state: str
+    queue_position: int | None = None
+    loading: LoadingItem | None = None
+    error: ErrorInfo | None = None
+
+
+class Pinned(BaseModel):
+    """Whether a model is pinned: never a victim, and no TTL."""
+
+    model: str
+    path: str
+    pinned: bool
+    loaded: bool
 
 
 class UnloadResult(BaseModel):

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from xandrouting.http.inference import InferenceApi
+from xandrouting.http.loads import Loads
 from xandrouting.http.schemas import EngineStatus
 from xandrouting.inventory.inventory import Inventory
 from xandrouting.pool.pool import EnginePool
 from xandrouting.routing.catalog import Catalog
+from xandrouting.telemetry.events import EventBus
 from xandrouting.telemetry.metrics import Metrics
 from xandrouting.telemetry.requests import RequestStats
 
@@ -21,8 +23,10 @@ class Services:
     version: str
     inference: InferenceApi
     pool: EnginePool
+    loads: Loads
     catalog: Catalog
     inventory: Inventory
     stats: RequestStats
     metrics: Metrics
+    bus: EventBus
     backends: Callable[[], Mapping[str, EngineStatus]]

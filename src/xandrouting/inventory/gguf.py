@@ -35,11 +35,14 @@ _MAX_KEYS: Final = 16_384
 _MAX_KEY_BYTES: Final = 256  # a longer key is none of ours
 _MAX_TENSORS: Final = 50_000
 _MAX_LAYERS: Final = 4096
+_MAX_TENSOR_NAME: Final = 256
 _MAX_DIMS: Final = 4
 _LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 
 _TENSOR_INFO: Final = [struct.Struct(f"<{dims}QIQ") for dims in range(_MAX_DIMS + 1)]
-_STRING, _ARRAY = 8, 9
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_EMBEDDING, _OUTPUT = "token_embd", "output"
+_VOCABULARY: Final = "tokenizer.ggml.tokens"
 # How many bytes of each text are kept; a longer one counts as absent.
 _TEXTS: Final = {
     "general.architecture": 256,
@@ -63,6 +66,15 @@ _ARCHITECTURE_NUMBERS: Final = frozenset(
         "attention.key_length",
         "attention.value_length",
         "attention.sliding_window",
+        "attention.sliding_window_pattern",
+        "attention.key_length_mla",
+        "attention.kv_lora_rank",
+        "rope.dimension_count",
+        "feed_forward_length",
+        "expert_feed_forward_length",
+        "expert_shared_feed_forward_length",
+        "expert_used_count",
+        "vocab_size",
     }
 )
 
@@ -83,13 +95,25 @@ class GgufHeader:
     key_length: int | None
     value_length: int | None
     sliding_window: int | None
+    sliding_window_pattern: int | tuple[int, ...] | None  # every so many is full; or 1: it slides
+    key_length_mla: int | None  # set: the cache holds latents, one for all heads
+    kv_lora_rank: int | None
+    rope_dimensions: int | None
+    feed_forward_length: int | tuple[int, ...] | None
+    expert_feed_forward_length: int | None
+    expert_shared_feed_forward_length: int | None
+    expert_used_count: int | None
     expert_count: int | None
+    vocab_size: int | None
     pooling_type: int | None  # 0 none, 1 mean, 2 cls, 3 last, 4 rank
     chat_template: str | None
     split_count: int | None
     split_no: int | None  # from 0
     file_type: str | None  # what the header claims, `Q4_K_M`
     type_bytes: tuple[tuple[str, int], ...]  # bytes per tensor type, the largest first
+    block_bytes: tuple[int, ...]  # of the tensors of each layer
+    embedding_bytes: int  # of `token_embd`
+    output_bytes: int  # of `output` and what comes with it; 0: `token_embd` is used for it
     quantization: str | None
     parameters: int
     data_bytes: int  # what the file must hold to be whole
@@ -122,8 +146,15 @@ def join_parts(parts: Sequence[GgufHeader], file_name: str) -> GgufHeader:
     for part in parts:
         type_bytes.update(dict(part.type_bytes))
     first = parts[0]
+    layers = max(len(part.block_bytes) for part in parts)
     return replace(
         first,
+        block_bytes=tuple(
+            sum(part.block_bytes[layer] for part in parts if layer < len(part.block_bytes))
+            for layer in range(layers)
+        ),
+        embedding_bytes=sum(part.embedding_bytes for part in parts),
+        output_bytes=sum(part.output_bytes for part in parts),
         type_bytes=tuple(type_bytes.most_common()),
         quantization=quantization_of(type_bytes, first.file_type, file_name),
         parameters=sum(part.parameters for part in parts),
@@ -176,7 +207,8 @@ def _read_metadata(reader: HeaderReader, keys: int) -> dict[str, _Value]:
         key = _read_key(reader)
         kind = reader.u32()
         value = _read_value(reader, kind, text_limit=_TEXTS.get(key, 0))
-        if key in _TEXTS or key in _NUMBERS or key.partition(".")[2] in _ARCHITECTURE_NUMBERS:
+        wanted = key in _TEXTS or key in _NUMBERS or key == _VOCABULARY
+        if wanted or key.partition(".")[2] in _ARCHITECTURE_NUMBERS:
             metadata[key] = value
     return metadata
 
@@ -207,8 +239,9 @@ def _read_value(reader: HeaderReader, kind: int, *, text_limit: int) -> _Value:
 def _read_array(reader: HeaderReader) -> ArrayAt | None:
     kind, count = reader.u32(), reader.u64()
     if kind == _STRING:
+        array = ArrayAt(reader.position, kind, count)
         reader.skip_strings(count)
-        return None
+        return array
     if kind not in SCALARS:
         raise InvalidGguf(f"header damaged: no such array type, {kind}")
     array = ArrayAt(reader.position, kind, count)
@@ -226,29 +259,46 @@ def _alignment(metadata: Mapping[str, _Value]) -> int:
 class _Layout(NamedTuple):
     parameters: int
     type_bytes: Counter[str]
+    place_bytes: Counter[int | str]  # by layer, and `_EMBEDDING`, `_OUTPUT`
     data_bytes: int
 
 
 def _read_tensors(reader: HeaderReader, count: int, *, alignment: int) -> _Layout:
     parameters = end = 0
     type_bytes: Counter[str] = Counter()
+    place_bytes: Counter[int | str] = Counter()
     for _ in range(count):
+        place = _read_place(reader)
         name, elements, size, offset = _read_tensor(reader)
         if offset % alignment:
             raise InvalidGguf("header damaged: a tensor lies off the alignment")
         parameters += elements
         end = max(end, offset + size)
+        place_bytes[place] += size
         if name is not None:
             type_bytes[name] += size
     start = reader.position
     if count:
         start += -start % alignment
-    return _Layout(parameters, type_bytes, start + end)
+    return _Layout(parameters, type_bytes, place_bytes, start + end)
+
+
+def _read_place(reader: HeaderReader) -> int | str:
+    """Read a tensor's name and return which part of the model it is of."""
+    length = reader.u64()
+    if length > _MAX_TENSOR_NAME:
+        reader.skip(length)
+        return _OUTPUT
+    kind, _, rest = reader.text(length).partition(".")
+    if kind == "blk":
+        layer = rest.partition(".")[0]
+        if layer.isascii() and layer.isdigit() and int(layer) < _MAX_LAYERS:
+            return int(layer)
+    return _EMBEDDING if kind == "token_embd" else _OUTPUT
 
 
 def _read_tensor(reader: HeaderReader) -> tuple[str | None, int, int, int]:
     """Return type, elements, bytes and offset; a type newer than the table has no name or bytes."""
-    reader.skip(reader.u64())
     dims = reader.u32()
     if dims > _MAX_DIMS:
         raise InvalidGguf(f"header damaged: a tensor of {dims} dimensions")
@@ -275,6 +325,10 @@ def _header(
     file_size: int,
 ) -> GgufHeader:
     architecture = _text(metadata, "general.architecture")
+    places = layout.place_bytes
+    layers = max((place for place in places if isinstance(place, int)), default=-1) + 1
+    tokens = metadata.get(_VOCABULARY)
+    vocabulary = tokens.length if isinstance(tokens, ArrayAt) else None
     file_type_number = _integer(metadata, "general.file_type")
     file_type = FILE_TYPES.get(file_type_number) if file_type_number is not None else None
 
@@ -300,13 +354,25 @@ def _header(
         key_length=number("attention.key_length"),
         value_length=number("attention.value_length"),
         sliding_window=number("attention.sliding_window"),
+        sliding_window_pattern=per_layer("attention.sliding_window_pattern"),
+        key_length_mla=number("attention.key_length_mla"),
+        kv_lora_rank=number("attention.kv_lora_rank"),
+        rope_dimensions=number("rope.dimension_count"),
+        feed_forward_length=per_layer("feed_forward_length"),
+        expert_feed_forward_length=number("expert_feed_forward_length"),
+        expert_shared_feed_forward_length=number("expert_shared_feed_forward_length"),
+        expert_used_count=number("expert_used_count"),
         expert_count=number("expert_count"),
+        vocab_size=vocabulary or number("vocab_size"),
         pooling_type=number("pooling_type"),
         chat_template=_text(metadata, "tokenizer.chat_template"),
         split_count=_integer(metadata, "split.count"),
         split_no=_integer(metadata, "split.no"),
         file_type=file_type,
         type_bytes=tuple(layout.type_bytes.most_common()),
+        block_bytes=tuple(places[layer] for layer in range(layers)),
+        embedding_bytes=places[_EMBEDDING],
+        output_bytes=places[_OUTPUT],
         quantization=quantization_of(layout.type_bytes, file_type, file_name),
         parameters=layout.parameters,
         data_bytes=layout.data_bytes,
@@ -327,6 +393,6 @@ def _integer(metadata: Mapping[str, _Value], key: str) -> int | None:
 
 
 def _layers(reader: HeaderReader, array: ArrayAt) -> tuple[int, ...] | None:
-    if array.length > _MAX_LAYERS or array.kind not in INTEGER_KINDS:
+    if array.length > _MAX_LAYERS or array.kind not in (*INTEGER_KINDS, _BOOL):
         return None
     return reader.integers(array)

@@ -44,6 +44,7 @@ class ModelFile:
     modified: float  # wall time of the last change, seconds since 1970
     revision: str  # changes whenever a file does
     mmproj: Path | None = None  # the projector that gives it eyes
+    mmproj_bytes: int = 0
     spellings: tuple[str, ...] = ()  # symlinks inside the root, relative to it
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -16,9 +16,12 @@ _PREFERENCE: Final = ("F16", "BF16", "Q8_0", "F32")
 
 
 def with_projectors(
-    base: str, models: Sequence[ModelFile], projectors: Collection[str]
+    base: str, models: Sequence[ModelFile], projectors: Mapping[str, int]
 ) -> list[ModelFile]:
-    """Return `models`, each with the projector among `projectors` (relative paths) that fits it."""
+    """Return `models`, each with the projector that fits it.
+
+    `projectors` are their sizes in bytes by their paths, relative to `base`.
+    """
     by_folder: dict[str, list[str]] = defaultdict(list)
     for name in projectors:
         by_folder[name.rpartition("/")[0]].append(name)
@@ -26,7 +29,10 @@ def with_projectors(
 
     def seeing(model: ModelFile) -> ModelFile:
         projector = _projector_of(model, by_folder, families)
-        return model if projector is None else replace(model, mmproj=Path(base, projector))
+        if projector is None:
+            return model
+        size_bytes = projectors[projector]
+        return replace(model, mmproj=Path(base, projector), mmproj_bytes=size_bytes)
 
     return [seeing(model) for model in models] if by_folder else list(models)
 

@@ -97,9 +97,12 @@ def scan(root: Path, cache: HeaderCache) -> Snapshot:
         {name: status for name, status in tree.files.items() if name not in projectors}
     )
     models = [_model(base, candidate, headers) for candidate in candidates]
-    models = with_projectors(
-        base, models, [name for name in projectors if isinstance(headers[name], GgufHeader)]
-    )
+    sizes = {
+        name: tree.files[name].st_size
+        for name in projectors
+        if isinstance(headers[name], GgufHeader)
+    }
+    models = with_projectors(base, models, sizes)
     spellings = tree.spellings()
     models = [
         replace(model, spellings=tuple(sorted(spellings[model.relative])))
@@ -126,10 +129,13 @@ def recheck(root: Path, model: ModelFile) -> ModelFile | None:
     cache = HeaderCache()
     headers = {name: cache.read(f"{base}/{name}", status) for name, status in files.items()}
     [candidate] = _candidates(files)
-    mmproj = model.mmproj
-    if mmproj is not None and _real_file(str(mmproj)) is None:
-        mmproj = None
-    return replace(_model(base, candidate, headers), mmproj=mmproj, spellings=model.spellings)
+    eyes = None if model.mmproj is None else _real_file(str(model.mmproj))
+    return replace(
+        _model(base, candidate, headers),
+        mmproj=None if eyes is None else model.mmproj,
+        mmproj_bytes=0 if eyes is None else eyes.st_size,
+        spellings=model.spellings,
+    )
 
 
 @dataclass(slots=True)

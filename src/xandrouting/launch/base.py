@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from xandrouting.core.model import EngineId, LaunchPlan, MemoryUse
+from xandrouting.core.model import DeviceReading, EngineId, LaunchPlan, MemoryUse
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A node's memory at one moment: its devices, and what each of its engines takes."""
+
+    devices: tuple[DeviceReading, ...] = ()  # main memory first; none: nothing is known
+    engines: Mapping[EngineId, MemoryUse] = field(default_factory=dict)
 
 
 class Handle(Protocol):
@@ -22,6 +31,10 @@ class Handle(Protocol):
     @property
     def exit_status(self) -> int | None:
         """None while it runs; then the exit status, negative for a signal as in subprocess."""
+
+    @property
+    def killed_for_memory(self) -> bool:
+        """Whether the system ended it for want of memory, as far as can be told."""
 
     def tail(self) -> Sequence[str]:
         """Return the last lines of output, oldest first: at most 200, cut at 2,000 characters."""
@@ -60,6 +73,12 @@ class Launcher(Protocol):
 
         Raises:
             EngineStartFailed: no such executable, or no process could be made.
+        """
+
+    async def survey(self) -> Survey:
+        """Read the node's memory without blocking the loop, all of it in one moment.
+
+        What cannot be read this time is told as last seen, marked stale.
         """
 
     async def aclose(self) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from xandrouting.core.model import EngineId, LaunchPlan, MemoryUse
+from xandrouting.launch.base import Survey
 
 
 class ExternalHandle:
     """An engine at an address. It counts as running until the gateway lets go of it."""
 
     pid: Final = None
+    killed_for_memory: Final = False
 
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url.rstrip("/")
@@ -37,7 +39,7 @@ class ExternalHandle:
 
     async def measure(self) -> MemoryUse:
         """Tell nothing: it may be on any machine."""
-        return MemoryUse(host_bytes=None, device_bytes=None)
+        return MemoryUse()
 
     async def stop(self, *, grace_s: float) -> None:  # noqa: ARG002 - the protocol's
         """Let go of it. The real process is not ours to end."""
@@ -67,6 +69,10 @@ class ExternalLauncher:
         handle = ExternalHandle(plan.base_url)
         self._handles.add(handle)
         return handle
+
+    async def survey(self) -> Survey:
+        """Tell nothing: they may be on any machine."""
+        return Survey()
 
     async def aclose(self) -> None:
         """Let go of all of them."""

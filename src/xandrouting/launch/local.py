@@ -6,12 +6,14 @@ import asyncio
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
 
@@ -19,9 +21,13 @@ import psutil
 
 from xandrouting.core.errors import EngineStartFailed
 from xandrouting.core.model import EngineId, LaunchPlan, MemoryUse
-from xandrouting.launch import guard, sweep
+from xandrouting.launch import guard, host_memory, sweep
+from xandrouting.launch.base import Survey
+from xandrouting.launch.nvml import GpuReading, Gpus, NoGpus
 
 _PRIVATE: Final = ("XANDROUTING_", "HF_TOKEN")
+_SAME_CARDS: Final = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # `cuda:N` is what NVML calls so
+_NO_GPUS: Final = NoGpus()
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +121,33 @@ async def _listen(stack: ExitStack, pipe: IO[bytes] | None, feed: Callable[[byte
     return protocol
 
 
+class Gauge:
+    """Measures this machine and the engines on it. Blocks: it belongs in a thread."""
+
+    def __init__(self, gpus: Gpus) -> None:
+        self._gpus = gpus
+        self._meter = host_memory.Meter()
+
+    def survey(self, guards: Mapping[EngineId, int]) -> Survey:
+        """Read all memory, and what each engine's tree takes of it, given its guard's pid.
+
+        Raises:
+            OSError: `/proc` cannot be read just now, as when no file can be opened.
+        """
+        table = guard.processes()
+        trees = {engine: _tree(table, guard_pid) for engine, guard_pid in guards.items()}
+        uses = {engine: self._meter.measure(tree) for engine, tree in trees.items()}
+        host = host_memory.read()
+        gpus = self._gpus.read()
+        return Survey(
+            devices=(host, *gpus.devices),
+            engines={
+                engine: replace(use, devices=_on_devices(engine, trees[engine], gpus))
+                for engine, use in uses.items()
+            },
+        )
+
+
 class LocalHandle:
     """One engine and its guard."""
 
@@ -127,18 +160,23 @@ class LocalHandle:
         port: int,
         mark: str,
         run_dir: Path | None,
+        gauge: Gauge,
     ) -> None:
         """Watch over a guard just started. Needs a running loop."""
         self.base_url = f"http://{HOST}:{port}"
         self.pid: int | None = None
         self.exit_status: int | None = None
+        self.killed_for_memory = False
         self.stop_grace_s = plan.stop_grace_s
-        self._engine = engine
+        self.engine = engine
         assert process.stdin is not None
         self._stdin = process.stdin
         self._process = process
         self._mark = mark
         self._run_dir = run_dir
+        self._gauge = gauge
+        self._told_to_stop = False
+        self._oom_kills = host_memory.oom_kills()
         self._log = EngineLog(engine, plan.ready_line)
         self._control = b""
         self._told_status: int | None = None  # as the guard told it; None: it did not live to
@@ -162,14 +200,24 @@ class LocalHandle:
 
     async def stop(self, *, grace_s: float) -> None:
         """Tell the guard to end the tree, and wait; of two graces the earlier end counts."""
+        self._told_to_stop = True
         self._tell(f"stop {grace_s:f}\n")
         await self.exited()
 
+    @property
+    def guard_pid(self) -> int | None:
+        """The guard's process; None once it is reaped, as its pid may be another's by now."""
+        return self._process.pid if self._process.returncode is None else None
+
     async def measure(self) -> MemoryUse:
         """Measure the engine and its descendants in a thread, without the guard."""
-        if self._process.returncode is not None:
-            return MemoryUse(None)  # the guard's pid may be another's by now
-        return MemoryUse(await asyncio.to_thread(_pss_below, self._process.pid))
+        if self.guard_pid is None:
+            return MemoryUse()
+        try:
+            survey = await asyncio.to_thread(self._gauge.survey, {self.engine: self.guard_pid})
+        except OSError:
+            return MemoryUse()
+        return survey.engines[self.engine]
 
     def tail(self) -> Sequence[str]:
         """Return the last lines; complete once `exited` has returned."""
@@ -198,7 +246,7 @@ class LocalHandle:
         """Reap the guard, end what it could not, take the last words; return the exit status."""
         guard_status = await asyncio.to_thread(self._process.wait)
         if self._told_status is None and guard_status != _NEVER_RAN:
-            log.warning("engine guard lost engine=%s status=%d", self._engine, guard_status)
+            log.warning("engine guard lost engine=%s status=%d", self.engine, guard_status)
             await asyncio.to_thread(sweep.end_leftovers, self._mark, self._life)
         try:
             async with asyncio.timeout(_LAST_WORDS_S):
@@ -208,7 +256,15 @@ class LocalHandle:
         self._log.close()
         if self._record is not None:
             self._record.unlink(missing_ok=True)
-        return guard_status if self._told_status is None else self._told_status
+        status = guard_status if self._told_status is None else self._told_status
+        self.killed_for_memory = self._was_killed_for_memory(status)
+        return status
+
+    def _was_killed_for_memory(self, status: int) -> bool:
+        if status != -signal.SIGKILL or self._told_to_stop:
+            return False
+        before, now = self._oom_kills, host_memory.oom_kills()
+        return before is not None and now is not None and now > before
 
     def _hear(self, data: bytes) -> None:
         *lines, self._control = (self._control + data).split(b"\n")
@@ -236,7 +292,7 @@ class LocalHandle:
                 self._run_dir, self._mark, guard_pid=self._process.pid, engine_pid=pid
             )
         except OSError as error:
-            log.warning("engine not remembered engine=%s error=%s", self._engine, error)
+            log.warning("engine not remembered engine=%s error=%s", self.engine, error)
 
     def _tell(self, command: str) -> None:
         if self._stdin.closed:
@@ -250,10 +306,12 @@ class LocalHandle:
 class LocalLauncher:
     """Runs engines on this machine and sees to their end."""
 
-    def __init__(self, run_dir: Path | None = None) -> None:
+    def __init__(self, run_dir: Path | None = None, gpus: Gpus = _NO_GPUS) -> None:
         """Remember live engines in `run_dir` for `sweep`; None: do not."""
         self._run_dir = run_dir
+        self._gauge = Gauge(gpus)
         self._handles: set[LocalHandle] = set()
+        self._seen = Survey()
 
     async def start(self, engine: EngineId, plan: LaunchPlan) -> LocalHandle:
         """Start the engine under a guard and return once its own program runs.
@@ -267,7 +325,15 @@ class LocalLauncher:
         port = reserve_port()
         mark = secrets.token_hex(16)
         process = _start_guard(engine, plan, port=port, mark=mark)
-        handle = LocalHandle(engine, plan, process, port=port, mark=mark, run_dir=self._run_dir)
+        handle = LocalHandle(
+            engine,
+            plan,
+            process,
+            port=port,
+            mark=mark,
+            run_dir=self._run_dir,
+            gauge=self._gauge,
+        )
         self._handles.add(handle)
         handle.watch.add_done_callback(lambda _: self._handles.discard(handle))
         try:
@@ -279,6 +345,22 @@ class LocalLauncher:
             await handle.exited()
             raise _start_failed(engine, plan, failure)
         return handle
+
+    async def survey(self) -> Survey:
+        """Read this machine's memory, and what each living engine takes, in one thread."""
+        guards = {
+            handle.engine: handle.guard_pid
+            for handle in self._handles
+            if handle.guard_pid is not None
+        }
+        try:
+            self._seen = await asyncio.to_thread(self._gauge.survey, guards)
+        except OSError as error:
+            stale = _last_seen(self._seen, guards)
+            if stale.devices != self._seen.devices:
+                log.warning("memory cannot be read error=%s", error)
+            self._seen = stale
+        return self._seen
 
     async def aclose(self) -> None:
         """End every engine this launcher started and that still runs, all at once."""
@@ -301,7 +383,7 @@ def _start_guard(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            env=_inherited() | env | marks,
+            env=_inherited() | _SAME_CARDS | env | marks,
             start_new_session=True,
         )
     except OSError as error:
@@ -321,20 +403,31 @@ def _start_failed(engine: EngineId, plan: LaunchPlan, reason: str) -> EngineStar
     )
 
 
-def _pss_below(guard_pid: int) -> int | None:
-    """Add up what the guard's descendants take; None where one of them cannot be read."""
+def _tree(table: dict[int, guard.Process], guard_pid: int) -> list[int]:
+    """List the engine's living processes: all that came of the guard."""
+    if table:
+        return [pid for pid in guard.descendants(table, guard_pid) if table[pid].running]
     try:
-        tree = psutil.Process(guard_pid).children(recursive=True)
-        sizes = [_pss(process) for process in tree]
-    except (psutil.AccessDenied, psutil.NoSuchProcess):
-        return None
-    return sum(sizes) if sizes else None
-
-
-def _pss(process: psutil.Process) -> int:
-    """Return one process's share; 0 if it ended meanwhile. Where PSS is unknown, its own pages."""
-    try:
-        memory = process.memory_full_info()
+        return [child.pid for child in psutil.Process(guard_pid).children(recursive=True)]
     except psutil.NoSuchProcess:
-        return 0
-    return int(getattr(memory, "pss", memory.uss))
+        return []
+
+
+def _on_devices(
+    engine: EngineId, tree: Sequence[int], gpus: GpuReading
+) -> tuple[tuple[str, int], ...] | None:
+    """Add up what a tree takes of each card; None for an engine on a card, if it is not told."""
+    taken: Counter[str] = Counter()
+    for pid in tree:
+        taken.update(dict(gpus.processes.get(pid, ())))
+    if taken or engine.key.device == "cpu":
+        return tuple(sorted(taken.items()))
+    return None
+
+
+def _last_seen(survey: Survey, living: Iterable[EngineId]) -> Survey:
+    """Mark a survey's figures as old ones; of the engines only the living are left."""
+    return Survey(
+        devices=tuple(replace(device, stale=True) for device in survey.devices),
+        engines={engine: survey.engines.get(engine, MemoryUse()) for engine in living},
+    )

@@ -10,12 +10,12 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar, assert_never
 
-from xandrouting.core.engine_state import EngineState
-from xandrouting.core.errors import EngineStartFailed, GatewayError
+from xandrouting.core.engine import EngineView
+from xandrouting.core.errors import EngineStartFailed, GatewayError, LoadingTimeout
 from xandrouting.core.events import (
     Acquire,
     Effect,
@@ -23,6 +23,8 @@ from xandrouting.core.events import (
     EngineReady,
     Event,
     Grant,
+    Measured,
+    Pin,
     Refuse,
     Release,
     Shutdown,
@@ -31,27 +33,34 @@ from xandrouting.core.events import (
     Tick,
     Unload,
 )
+from xandrouting.core.ledger import DeviceState
 from xandrouting.core.model import (
     Backend,
     EngineId,
     EngineSpec,
-    LoadOptions,
-    MemoryUse,
     ModelKey,
+    StartFailure,
     Ticket,
 )
-from xandrouting.core.scheduler import EngineView, Scheduler
+from xandrouting.core.planner import Decision
+from xandrouting.core.scheduler import Scheduler
 from xandrouting.engines.base import EngineAdapter
-from xandrouting.launch.base import Handle, Launcher
+from xandrouting.launch.base import Handle, Launcher, Survey
 from xandrouting.net.client import Client
+from xandrouting.pool.engine import Engine, EngineNews, Loading, News, described, retry_after_s
 from xandrouting.pool.failures import start_error
-from xandrouting.pool.probe import Health, Progress, StartError, http_health, until_ready
+from xandrouting.pool.learning import Learning
+from xandrouting.pool.memory import is_freed, others_bytes
+from xandrouting.pool.probe import Health, StartError, http_health, until_ready
 
 _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-MEASURE_EVERY_S: Final = 2.0  # how old the shown memory of a running engine may be
+SURVEY_EVERY_S: Final = 2.0  # how old the shown memory may be
+SURVEY_LOADS_S: Final = 1.0  # the same while something loads
+FREED_POLL_S: Final = 0.05
+FREED_WAIT_S: Final = 3.0  # from an engine's end to its memory's being free again; then it is lost
 
 
 class _StopAsked(Exception):
@@ -64,42 +73,6 @@ class Kind:
 
     adapter: EngineAdapter
     launcher: Launcher
-
-
-@dataclass(slots=True, eq=False)
-class Engine:
-    """One engine as the shell holds it. Times ending in `_at` are wall time, for people."""
-
-    id: EngineId
-    spec: EngineSpec
-    options: LoadOptions
-    adapter: EngineAdapter
-    started: float  # the loop's clock
-    spelling: str  # the string a client last used for the model
-    label: bytes  # for the answer's header
-    client: Client | None = None
-    handle: Handle | None = None
-    ready: float | None = None  # the loop's clock
-    loaded_at: float | None = None
-    used_at: float | None = None
-    memory: MemoryUse = field(default_factory=MemoryUse)
-    progress: Progress = field(default_factory=Progress)
-    stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
-    granted: bool = False  # somebody has had a lease on it
-    forced: bool = False
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def load_seconds(self) -> float | None:
-        """From the start of its process to the first passing probe."""
-        return None if self.ready is None else self.ready - self.started
-
-    @property
-    def load_fraction(self) -> float | None:
-        """How much of the model's file is in memory while it loads, 0 to 1, measured."""
-        if self.progress.host_bytes is None or not self.spec.footprint.host_bytes:
-            return None
-        return min(1.0, self.progress.host_bytes / self.spec.footprint.host_bytes)
 
 
 class Claim:
@@ -138,9 +111,13 @@ class Claim:
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
 
-    def release(self) -> None:
-        """End the ticket: the lease goes back, or the place in the queue is given up."""
-        self._pool.release(self)
+    def release(self, *, cancel: bool = False) -> None:
+        """End the ticket: the lease goes back, or the place in the queue is given up.
+
+        A load that was begun for it goes on, unless `cancel` takes it back and nobody else
+        waits for it.
+        """
+        self._pool.release(self, cancel=cancel)
 
 
 class EnginePool:
@@ -151,11 +128,22 @@ class EnginePool:
         scheduler: Scheduler,
         kinds: Mapping[Backend, Kind],
         *,
+        node: Launcher,
+        learning: Learning,
         load_stall_s: float,
         health: Health = http_health,
+        on_news: Callable[[EngineNews], None] = lambda _: None,
+        on_survey: Callable[[], None] = lambda: None,
     ) -> None:
+        """`node` is asked for this machine's memory; `on_survey` is called after each answer."""
         self._scheduler = scheduler
         self._kinds = kinds
+        self._node = node
+        self._learning = learning
+        self._on_news = on_news
+        self._on_survey = on_survey
+        self._survey = Survey()
+        self._survey_wanted = asyncio.Event()
         self._load_stall_s = load_stall_s
         self._health = health
         self._engines: dict[EngineId, Engine] = {}
@@ -163,6 +151,8 @@ class EnginePool:
         self._spellings: dict[ModelKey, str] = {}
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._monitor: asyncio.Task[None] | None = None
+        self._closing = False
         self._timer: asyncio.TimerHandle | None = None
         self.loads = 0  # engines that became ready
         self.load_failures = 0
@@ -170,6 +160,8 @@ class EnginePool:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        self._take(await self._node.survey())
+        self._monitor = self._loop.create_task(self._survey_on())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -183,12 +175,13 @@ class EnginePool:
         *,
         ttl_s: float | None = None,
         wait_s: float | None = None,
+        queue_wait_s: float | None = None,
         spelling: str | None = None,
     ) -> Claim:
         """Ask for an engine; the claim may be granted already when this returns.
 
         `spelling` is the model's name as the client wrote it, for the lists. After `wait_s`
-        of waiting the claim is refused.
+        of waiting the claim is refused, and after `queue_wait_s` if its engine does not load.
         """
         now = self._loop.time()
         claim = Claim(self, Ticket(next(self._numbers)), spec.key, now)
@@ -196,25 +189,38 @@ class EnginePool:
         if spelling is not None:
             self._spellings[spec.key] = spelling
         deadline = None if wait_s is None else now + wait_s
-        self._dispatch(Acquire(claim.ticket, spec, ttl_s, deadline))
+        queue_deadline = None if queue_wait_s is None else now + queue_wait_s
+        self._dispatch(Acquire(claim.ticket, spec, ttl_s, deadline, queue_deadline))
         claim.hit = claim.engine is not None
         return claim
 
-    def release(self, claim: Claim) -> None:
-        """End a claim; a second call does nothing."""
+    def release(self, claim: Claim, *, cancel: bool = False) -> None:
+        """End a claim; a second call does nothing. See `Claim.release`."""
         if self._claims.pop(claim.ticket, None) is None:
             return
         if claim.engine is not None:
             claim.engine.used_at = time.time()
-        self._dispatch(Release(claim.ticket))
+        self._dispatch(Release(claim.ticket, cancel))
 
     def progress(self, claim: Claim) -> str:
         """Say what a claim waits for: `loading 43%`, `loading`, or `queued behind 2`."""
-        view = self._scheduler.view(claim.key)
-        if view is not None and view.state is EngineState.STARTING:
-            fraction = self._engines[view.engine].load_fraction
-            return "loading" if fraction is None else f"loading {fraction:.0%}"
-        return f"queued behind {self._scheduler.queue_position(claim.ticket) or 0}"
+        loading = self.loading(claim.key)
+        if loading is None:
+            return f"queued behind {self._scheduler.queue_position(claim.ticket) or 0}"
+        return "loading" if loading.fraction is None else f"loading {loading.fraction:.0%}"
+
+    def loading(self, key: ModelKey) -> Loading | None:
+        """How far the load of this key's engine is; None: it does not load."""
+        found = self.view(key)
+        return None if found is None else found[1].loading(self._loop.time())
+
+    def queue_position(self, claim: Claim) -> int | None:
+        """How many wait before this claim; None: it does not wait."""
+        return self._scheduler.queue_position(claim.ticket)
+
+    def plan(self, spec: EngineSpec) -> Decision:
+        """Return what would become of a request for `spec`, and change nothing."""
+        return self._scheduler.plan(spec, now=self._loop.time())
 
     # Wishes.
 
@@ -228,6 +234,10 @@ class EnginePool:
             self._dispatch(Unload(engine, force))
         for gone in waiting:
             await gone.wait()
+
+    def pin(self, model: str, *, pinned: bool) -> None:
+        """Let a model be neither a victim nor unloaded by time, or take that back."""
+        self._dispatch(Pin(model, pinned))
 
     async def until_gone(self, key: ModelKey, *, timeout_s: float) -> None:
         """Wait until the engine that this key has now is gone, at most `timeout_s`."""
@@ -253,9 +263,13 @@ class EnginePool:
 
     async def aclose(self) -> None:
         """End every engine now."""
+        self._closing = True
         self._dispatch(Shutdown(force=True))
         while self._tasks:
             await asyncio.wait(self._tasks)
+        if self._monitor is not None:
+            self._monitor.cancel()
+            await asyncio.wait({self._monitor})
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -278,6 +292,15 @@ class EnginePool:
     def failure(self, model: str, revision: str) -> GatewayError | None:
         """Return why the last start of this file failed; None: it did not, or it was mended."""
         return self._scheduler.failure(model, revision)
+
+    def devices(self) -> tuple[DeviceState, ...]:
+        """Return the ledger's lines, main memory first."""
+        return self._scheduler.devices()
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """The models that are pinned, loaded or not."""
+        return self._scheduler.pinned
 
     @property
     def queued(self) -> int:
@@ -307,6 +330,10 @@ class EnginePool:
             case Refuse(ticket, error):
                 claim = self._claims[ticket]
                 claim.error = error
+                loading = self.loading(claim.key)
+                if isinstance(error, LoadingTimeout) and loading is not None:
+                    error.details = {"loading": described(loading)}
+                    error.retry_after_s = retry_after_s(loading)
                 claim.settle()
             case Start():
                 self._start(effect)
@@ -331,18 +358,25 @@ class EnginePool:
 
     def _start(self, start: Start) -> None:
         kind = self._kinds[start.spec.key.backend]
+        assert start.decision is not None  # every start has one
         engine = Engine(
-            start.engine,
-            start.spec,
-            start.options,
+            start,
+            start.decision,
             kind.adapter,
             started=self._loop.time(),
             spelling=self._spellings.get(start.spec.key, start.spec.key.model),
             label=start.engine.label.encode(),
         )
         self._engines[start.engine] = engine
-        log.info("engine starting engine=%s options=%s", start.engine, start.options)
+        log.info(
+            "engine starting engine=%s options=%s placement=%s",
+            start.engine,
+            start.options,
+            ",".join(start.placement),
+        )
         self._keep(self._run(engine, kind))
+        self._on_news(EngineNews(News.STARTING, engine, decision=start.decision))
+        self._survey_wanted.set()
 
     def _stop(self, stop: Stop) -> None:
         engine = self._engines[stop.engine]
@@ -352,6 +386,7 @@ class EnginePool:
         if stop.force and engine.stop_asked.is_set() and engine.handle is not None:
             self._keep(engine.handle.stop(grace_s=0.0))  # hurry the stop that is under way
         engine.stop_asked.set()
+        self._on_news(EngineNews(News.STOPPING, engine, stop.reason, stop.decision))
 
     async def _run(self, engine: Engine, kind: Kind) -> None:
         failure: GatewayError | None = None
@@ -368,10 +403,16 @@ class EnginePool:
             del self._engines[engine.id]
             engine.gone.set()
             log.info("engine gone engine=%s", engine.id)
+            self._on_news(EngineNews(News.GONE, engine, error=failure))
 
     async def _live(self, engine: Engine, kind: Kind) -> GatewayError | None:
         """Run the engine to its end; return why it never became ready, if it did not."""
-        plan = kind.adapter.plan(engine.spec, engine.options, api_key=secrets.token_urlsafe(24))
+        plan = kind.adapter.plan(
+            engine.spec,
+            engine.start.options,
+            api_key=secrets.token_urlsafe(24),
+            placement=engine.start.placement,
+        )
         try:
             handle = await _unless_stopped(engine, kind.launcher.start(engine.id, plan))
         except _StopAsked:
@@ -387,7 +428,6 @@ class EnginePool:
                 client,
                 stall_s=self._load_stall_s,
                 health=self._health,
-                progress=engine.progress,
             )
             await _unless_stopped(engine, probe)
             self._became_ready(engine)
@@ -396,6 +436,8 @@ class EnginePool:
             pass
         except StartError as error:
             failure = error.failure or kind.adapter.classify(handle.tail(), error.status)
+            if failure is StartFailure.KILLED and handle.killed_for_memory:
+                failure = StartFailure.OUT_OF_MEMORY
             model = engine.spec.key.model
             return self._failed(
                 engine, start_error(model, failure, handle.tail(), stall_s=self._load_stall_s)
@@ -404,14 +446,17 @@ class EnginePool:
             if engine.client is not None:
                 engine.client.close()
             await handle.stop(grace_s=0.0 if engine.forced else plan.stop_grace_s)
+            await self._until_freed(engine)
         return None
 
     def _became_ready(self, engine: Engine) -> None:
         engine.ready = self._loop.time()
         engine.loaded_at = engine.used_at = time.time()
-        self.loads += engine.spec.footprint.engines  # an upstream is there already
+        self.loads += engine.spec.key.is_local  # an upstream is there already
         log.info("engine ready engine=%s load_s=%.2f", engine.id, engine.load_seconds)
         self._dispatch(EngineReady(engine.id))
+        self._on_news(EngineNews(News.READY, engine))
+        self._survey_wanted.set()
 
     def _failed(self, engine: Engine, error: GatewayError) -> GatewayError:
         self.load_failures += 1
@@ -421,25 +466,67 @@ class EnginePool:
             error.code,
             error.detail,
         )
+        self._on_news(EngineNews(News.FAILED, engine, error=error))
         return error
 
     async def _watch(self, engine: Engine, handle: Handle) -> None:
-        """Measure the engine's memory until it exits by itself."""
-        exited = asyncio.ensure_future(handle.exited())
-        try:
-            while handle.pid is not None and not exited.done():
-                engine.memory = await handle.measure()
-                await asyncio.wait({exited}, timeout=MEASURE_EVERY_S)
-            await asyncio.wait({exited})
-        finally:
-            exited.cancel()
-            await asyncio.wait({exited})
+        """Wait until the engine exits by itself."""
+        await handle.exited()
         log.warning(
             "engine exited engine=%s status=%s last_lines:\n%s",
             engine.id,
             handle.exit_status,
             "\n".join(handle.tail()[-20:]),
         )
+
+    # The node's memory.
+
+    async def _survey_on(self) -> None:
+        """Measure for as long as the pool lives; sooner when something began or became ready."""
+        while True:
+            loads = any(engine.ready is None for engine in self._engines.values())
+            try:
+                async with asyncio.timeout(SURVEY_LOADS_S if loads else SURVEY_EVERY_S):
+                    await self._survey_wanted.wait()
+            except TimeoutError:
+                pass
+            self._survey_wanted.clear()
+            try:
+                self._take(await self._node.survey())
+            except Exception:  # the edge of the task: without it the ledger would never learn again
+                log.exception("survey failed")
+
+    def _take(self, survey: Survey) -> None:
+        self._survey = survey
+        for engine_id, use in survey.engines.items():
+            engine = self._engines.get(engine_id)
+            if engine is not None:
+                engine.memory = use
+                if engine.ready is not None and not engine.stop_asked.is_set():
+                    self._learning.see(engine.start, use, engine.load_seconds, engine.learned)
+                    engine.learned = True
+        self._dispatch(Measured(survey.devices, survey.engines))
+        for engine in self._engines.values():
+            if engine.ready is None:
+                self._on_news(EngineNews(News.PROGRESS, engine))
+        self._on_survey()
+
+    async def _until_freed(self, engine: Engine) -> None:
+        """Wait until the devices have what the engine took, as far as that can be seen.
+
+        A process that is gone is not yet memory that is free: a driver takes its time.
+        """
+        before = others_bytes(self._survey)
+        deadline = self._loop.time() + FREED_WAIT_S
+        while not self._closing:
+            survey = await self._node.survey()
+            self._take(survey)
+            if is_freed(engine.memory, before, others_bytes(survey)):
+                return
+            if self._loop.time() >= deadline:
+                log.warning("engine gone and its memory not free engine=%s", engine.id)
+                return
+            await asyncio.sleep(FREED_POLL_S)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

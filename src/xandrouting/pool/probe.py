@@ -46,13 +46,6 @@ async def http_health(client: Client, plan: LaunchPlan) -> bool:
     return status == 200
 
 
-class Progress:
-    """What a load has read so far, measured: the process tree's memory, in bytes."""
-
-    def __init__(self) -> None:
-        self.host_bytes: int | None = None
-
-
 async def until_ready(
     handle: Handle,
     plan: LaunchPlan,
@@ -60,7 +53,6 @@ async def until_ready(
     *,
     stall_s: float,
     health: Health,
-    progress: Progress,
 ) -> None:
     """Return once the engine takes requests.
 
@@ -71,7 +63,7 @@ async def until_ready(
         StartError: it exited, or it stalled; in the second case it still runs.
     """
     async with _kept(handle.exited()) as exited, _kept(handle.ready_line()) as line:
-        watch = _StallWatch(handle, stall_s, progress)
+        watch = _StallWatch(handle, stall_s)
         while not line.done():
             await asyncio.wait(
                 {line, exited}, timeout=MEASURE_EVERY_S, return_when=asyncio.FIRST_COMPLETED
@@ -91,10 +83,9 @@ async def until_ready(
 class _StallWatch:
     """Raises when nothing moved for too long. Looks at memory once a second at most."""
 
-    def __init__(self, handle: Handle, stall_s: float, progress: Progress) -> None:
+    def __init__(self, handle: Handle, stall_s: float) -> None:
         self._handle = handle
         self._stall_s = stall_s
-        self._progress = progress
         self._printed = handle.activity()
         self._loop = asyncio.get_running_loop()
         self._moved_at = self._measured_at = self._loop.time()
@@ -107,7 +98,6 @@ class _StallWatch:
         if self._loop.time() - self._measured_at >= MEASURE_EVERY_S:
             self._measured_at = self._loop.time()
             host_bytes = (await self._handle.measure()).host_bytes
-            self._progress.host_bytes = host_bytes
             # Growth alone counts: the PSS of mapped pages also moves when others map them.
             if host_bytes is not None and host_bytes >= self._seen_bytes + MOVED_BYTES:
                 self._seen_bytes, self._moved_at = host_bytes, self._loop.time()

@@ -14,6 +14,7 @@ from msgspec import Meta, Raw, Struct
 from xandrouting.core.errors import InvalidRequest
 
 BackendName = Literal["auto", "llamacpp", "vllm", "transformers", "ollama"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 # `$` alone would let a line break through, and the device is shown in a header.
 DeviceName = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$(?!\n)")]
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -31,6 +32,8 @@ class Routing(Struct, kw_only=True):
     n_gpu_layers: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     n_ctx: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     n_parallel: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    cache_type_k: CacheType | None = None
+    cache_type_v: CacheType | None = None
     ttl: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
 
 
@@ -67,6 +70,19 @@ class LoadRequest(Routing, kw_only=True):
     wait: bool | None = None
 
 
+class PlanRequest(Routing, kw_only=True):
+    """A model that might be loaded, and with which options."""
+
+    embeddings: bool | None = None
+
+
+class PinRequest(Struct, kw_only=True):
+    """A model that shall stay once it is loaded, or no longer."""
+
+    model: Annotated[str, Meta(min_length=1)]
+    pinned: bool = True
+
+
 class UnloadRequest(Struct, kw_only=True):
     """Which engines of a model shall go; without backend and device, all of them."""
 
@@ -81,6 +97,8 @@ CUT: Final = frozenset(Routing.__struct_fields__) - {"model"}
 # Instead of msgspec's words, which quote what was sent, or show a pattern.
 _CHOICES: Final = {
     "backend": f"one of {', '.join(get_args(BackendName))}",
+    "cache_type_k": f"one of {', '.join(get_args(CacheType))}",
+    "cache_type_v": f"one of {', '.join(get_args(CacheType))}",
     "device": "auto, cpu, cuda or cuda:N",
 }
 

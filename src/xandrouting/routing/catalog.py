@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from xandrouting.core.errors import BackendUnavailable, DeviceUnavailable
-from xandrouting.core.model import Backend, EngineSpec, Footprint, LoadOptions, ModelKey
+from xandrouting.core.model import (
+    Backend,
+    Cost,
+    EngineSpec,
+    FixedCost,
+    Footprint,
+    LoadOptions,
+    ModelKey,
+    Placement,
+)
 from xandrouting.engines.base import EngineAdapter, ModelFacts
+from xandrouting.inventory.gguf import GgufHeader
 from xandrouting.inventory.model_file import ModelFile, Snapshot
 from xandrouting.proxy.request import Routing
 from xandrouting.routing.names import ModelNames
@@ -43,7 +53,8 @@ class Catalog:
     """Settings, inventory and adapters, asked together.
 
     `snapshot` returns the last scan. `upstreams` are addresses by name. `unavailable` says
-    for each backend that cannot serve here why not.
+    for each backend that cannot serve here why not. `versions` are the engines', which what
+    is learned of a model holds for.
     """
 
     def __init__(
@@ -55,6 +66,7 @@ class Catalog:
         unavailable: Mapping[Backend, str],
         devices: Devices,
         device_fallback: bool,
+        versions: Mapping[Backend, str] | None = None,
     ) -> None:
         self._snapshot = snapshot
         self._adapters = adapters
@@ -62,6 +74,7 @@ class Catalog:
         self._unavailable = unavailable
         self._devices = devices
         self._device_fallback = device_fallback
+        self._versions = versions or {}
         self._named: Snapshot | None = None
         self._names = ModelNames(())
         self._routes: dict[tuple[object, ...], Route] = {}  # of the same snapshot
@@ -82,6 +95,8 @@ class Catalog:
             fields.n_gpu_layers,
             fields.n_ctx,
             fields.n_parallel,
+            fields.cache_type_k,
+            fields.cache_type_v,
             fields.ttl,
             embeddings,
         )
@@ -106,17 +121,48 @@ class Catalog:
             gpu_memory_utilization=fields.gpu_memory_utilization,
             max_model_len=fields.max_model_len,
             embeddings=embeddings or None,
+            cache_type_k=fields.cache_type_k,
+            cache_type_v=fields.cache_type_v,
         )
         spec = EngineSpec(
             ModelKey(file.id, backend, device),
             source=str(file.path),
             wants=adapter.settle(wants, facts, device),
             defaults=adapter.defaults(facts, device),
-            footprint=Footprint(host_bytes=file.size_bytes),
+            cost=adapter.cost(facts, device),
+            placements=self._placements(device),
             revision=file.revision,
+            learned_as=self._learned_as(file, backend),
             mmproj=None if file.mmproj is None else str(file.mmproj),
+            siblings=self._siblings(file, names, adapter, device),
         )
         return Route(spec, file.id, fields.ttl, file, fallback)
+
+    def _placements(self, device: str) -> tuple[Placement, ...]:
+        """Return the cards an engine may use: one alone, or where one is too small all of them."""
+        if device == "cpu":
+            return ((),)
+        if device != "cuda":
+            return ((device,),)
+        cards = tuple(f"cuda:{number}" for number in range(self._devices.cuda))
+        alone = tuple((card,) for card in cards)
+        return (*alone, cards) if len(cards) > 1 else alone
+
+    def _learned_as(self, file: ModelFile, backend: Backend) -> str:
+        eyes = "" if file.mmproj is None else file.mmproj.name
+        return "|".join((file.revision, eyes, backend, self._versions.get(backend, "")))
+
+    def _siblings(
+        self, file: ModelFile, names: ModelNames, adapter: EngineAdapter, device: str
+    ) -> tuple[tuple[str, Cost], ...]:
+        """Return the smaller quantizations of the same model, the largest first."""
+        smaller = [
+            other
+            for other in names.quantizations(file)
+            if other.problem is None and other.size_bytes < file.size_bytes
+        ]
+        smaller.sort(key=lambda other: -other.size_bytes)
+        return tuple((other.id, adapter.cost(facts_of(other), device)) for other in smaller)
 
     def devices_meant(self, asked: str | None) -> frozenset[str] | None:
         """Return the devices an unload by `asked` means; None: any.
@@ -145,7 +191,7 @@ class Catalog:
         if url is None or not slash or not rest:
             return None
         key = ModelKey(name, Backend.UPSTREAM, REMOTE)
-        return Route(EngineSpec(key, url, footprint=Footprint(engines=0)), rest, ttl_s=0)
+        return Route(EngineSpec(key, url, cost=FixedCost(Footprint(engines=0))), rest, ttl_s=0)
 
     def _backend(self, asked: str, file: ModelFile) -> Backend:
         backend = Backend.LLAMACPP if asked == "auto" else Backend(asked)
@@ -189,4 +235,37 @@ def facts_of(file: ModelFile) -> ModelFacts:
         context_length=header.context_length,
         layers=header.block_count,
         pooling=bool(header.pooling_type),
+        architecture=header.architecture,
+        embedding_length=header.embedding_length,
+        feed_forward=_feed_forward(header),
+        vocab_size=header.vocab_size,
+        head_count=header.head_count,
+        head_count_kv=header.head_count_kv,
+        key_length=header.key_length,
+        value_length=header.value_length,
+        latent_length=_latent_length(header),
+        sliding_window=header.sliding_window,
+        sliding_pattern=header.sliding_window_pattern,
+        type_bytes=header.type_bytes,
+        block_bytes=header.block_bytes,
+        embedding_bytes=header.embedding_bytes,
+        output_bytes=header.output_bytes,
+        mmproj_bytes=file.mmproj_bytes,
     )
+
+
+def _feed_forward(header: GgufHeader) -> int | None:
+    """Return how wide the layers are that work on one token, the widest of all."""
+    widths = header.feed_forward_length
+    dense = max(widths, default=0) if isinstance(widths, tuple) else widths
+    if not header.expert_feed_forward_length:
+        return dense
+    experts = header.expert_feed_forward_length * (header.expert_used_count or 1)
+    return max(dense or 0, experts + (header.expert_shared_feed_forward_length or 0))
+
+
+def _latent_length(header: GgufHeader) -> int | None:
+    """Return what one token's latent takes in a model that caches latents for all heads."""
+    if header.key_length_mla is None or header.kv_lora_rank is None:
+        return None
+    return header.kv_lora_rank + (header.rope_dimensions or 0)

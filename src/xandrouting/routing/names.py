@@ -93,6 +93,12 @@ class ModelNames:
             raise _ambiguous(name, sorted(inside or named))
         raise self._not_found(name, path)
 
+    def quantizations(self, model: ModelFile) -> list[ModelFile]:
+        """Return the other files that bear the same name but for their quantization."""
+        bare = self._short_names[-1]
+        found = bare.get(without_quantization(model.stem))
+        return [other for other in found.values() if other.id != model.id]
+
     def _add_paths(self, model: ModelFile) -> None:
         for path in (model.relative, *model.spellings):
             self._paths[path] = model

@@ -1,0 +1,126 @@
+"""One engine as the scheduler holds it, and as the lists show it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from xandrouting.core.cover import covers
+from xandrouting.core.engine_state import EngineState
+from xandrouting.core.eviction import decayed
+from xandrouting.core.ledger import Amounts
+from xandrouting.core.model import (
+    HOST,
+    EngineId,
+    EngineSpec,
+    Footprint,
+    LoadOptions,
+    MemoryUse,
+    Placement,
+    Ticket,
+)
+from xandrouting.core.planner import Decision
+
+
+@dataclass(slots=True)
+class Engine:
+    """One life of one engine. Times are the scheduler's clock."""
+
+    id: EngineId
+    spec: EngineSpec
+    wants: LoadOptions  # the union of what was asked, without defaults
+    options: LoadOptions
+    placement: Placement
+    footprint: Footprint
+    decision: Decision
+    ttl_s: float
+    state: EngineState = EngineState.STARTING
+    leases: set[Ticket] = field(default_factory=set)
+    ready_at: float | None = None
+    idle_since: float | None = None
+    granted_at: float | None = None  # the last time; None: never
+    uses: float = 0.0  # decayed, as of `granted_at`
+    most: Counter[str] = field(default_factory=Counter)  # bytes it was ever measured to take
+    settled: bool = False  # it has worked, so what was measured is all it takes
+    retire: str | None = None  # why it shall leave as soon as those who wait for it were served
+
+    @property
+    def counts(self) -> bool:
+        """Whether it takes a place here; an upstream does not."""
+        return self.footprint.engines > 0
+
+    def serves(self, spec: EngineSpec) -> bool:
+        """Whether a request may have a lease on it now."""
+        return (
+            self.state is EngineState.READY
+            and self.spec.revision == spec.revision  # else its file has been replaced
+            and covers(self.options, spec.wants)
+        )
+
+    def lend(self, ticket: Ticket, now: float) -> None:
+        """Give it one more lease."""
+        self.leases.add(ticket)
+        self.idle_since = None
+        self.uses = self.uses_at(now) + 1.0
+        self.granted_at = now
+
+    def uses_at(self, now: float) -> float:
+        """How often it was asked for, older uses counting less."""
+        if self.granted_at is None:
+            return 0.0
+        return decayed(self.uses, now - self.granted_at)
+
+    def idle_deadline(self) -> float | None:
+        """When its idle TTL ends; None while that clock does not run."""
+        return _idle_deadline(self.state, self.idle_since, self.ttl_s)
+
+    def charge_for(self, use: MemoryUse) -> Amounts | None:
+        """Return what to charge it, now that it was seen to take this; None: as before.
+
+        Until it has worked and rests, what was promised to it counts too: an engine takes some
+        of its memory only with its first request. One that starts keeps what it was promised.
+        """
+        if self.state not in (EngineState.READY, EngineState.DRAINING):
+            return None
+        if use.host_bytes is not None:
+            self.most[HOST] = max(self.most[HOST], use.host_bytes)
+        for device, taken in use.devices or ():
+            self.most[device] = max(self.most[device], taken)
+        self.settled = self.settled or (self.granted_at is not None and not self.leases)
+        charge = dict(self.footprint.demands(self.placement))
+        for device, most in self.most.items():
+            charge[device] = most if self.settled else max(most, charge.get(device, 0))
+        return charge
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """An engine as the lists show it. `idle_since` is None while it has leases or loads.
+
+    `charged` is what the ledger holds for it, by device.
+    """
+
+    engine: EngineId
+    spec: EngineSpec
+    options: LoadOptions
+    placement: Placement
+    state: EngineState
+    ttl_s: float
+    pinned: bool
+    idle_since: float | None
+    active: int
+    waiting: int
+    charged: Amounts
+    decision: Decision
+
+    def idle_deadline(self) -> float | None:
+        """When its idle TTL ends; None while that clock does not run."""
+        if self.pinned:
+            return None
+        return _idle_deadline(self.state, self.idle_since, self.ttl_s)
+
+
+def _idle_deadline(state: EngineState, idle_since: float | None, ttl_s: float) -> float | None:
+    if idle_since is None or ttl_s == 0 or state is not EngineState.READY:
+        return None
+    return idle_since + ttl_s

@@ -1,0 +1,167 @@
+"""What things take, as far as is known, and the words for a decision."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from xandrouting.core import planner
+from xandrouting.core.cover import fill
+from xandrouting.core.engine import Engine
+from xandrouting.core.eviction import Candidate
+from xandrouting.core.figures import Figures
+from xandrouting.core.ledger import Amounts, DeviceState, Ledger
+from xandrouting.core.model import (
+    ENGINES,
+    HOST,
+    DeviceReading,
+    EngineId,
+    EngineSpec,
+    Footprint,
+    LoadOptions,
+    MemoryUse,
+    Placement,
+)
+from xandrouting.core.planner import Decision, Plan, Surroundings, Verdict, Victim
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Whether several models fit at once; `sizes` in bytes, `limits` in words."""
+
+    fits: bool
+    sizes: tuple[tuple[str, int], ...]
+    limits: str
+
+
+class Weigher:
+    """The ledger and the figures of earlier loads, asked together."""
+
+    def __init__(self, ledger: Ledger, figures: Figures) -> None:
+        self.ledger = ledger
+        self._figures = figures
+
+    def footprint(self, spec: EngineSpec, options: LoadOptions, placement: Placement) -> Footprint:
+        """Return what such an engine takes: as seen before, else as estimated."""
+        footprint = spec.cost.footprint(options)
+        seen = self._figures.find(spec.learned_as, spec.key.device, len(placement), options)
+        return footprint if seen is None else replace(footprint, seen=seen)
+
+    def amounts(self, spec: EngineSpec, options: LoadOptions, placement: Placement) -> Amounts:
+        """Return the same by resource."""
+        return dict(self.footprint(spec, options, placement).demands(placement))
+
+    def candidate(self, engine: Engine, now: float) -> Candidate:
+        """Return what an idle engine's loss is weighed by."""
+        assert engine.idle_since is not None
+        return Candidate(
+            engine.id,
+            self.ledger.charge_of(engine.id),
+            idle_s=now - engine.idle_since,
+            uses=engine.uses_at(now),
+            reload_s=self._expected_s(engine.spec, engine.footprint),
+        )
+
+    def among(
+        self,
+        spec: EngineSpec,
+        *,
+        leaving: Iterable[Engine],
+        staying: Iterable[Engine],
+        candidates: Iterable[Candidate],
+    ) -> Surroundings:
+        """Return what a load of `spec` is planned among."""
+        return Surroundings(
+            self.ledger,
+            partial(self.footprint, spec),
+            self.charges(leaving),
+            self.charges(staying),
+            tuple(candidates),
+        )
+
+    def charges(self, engines: Iterable[Engine]) -> Counter[str]:
+        """Return what these are charged together."""
+        together: Counter[str] = Counter()
+        for engine in engines:
+            together.update(self.ledger.charge_of(engine.id))
+        return together
+
+    def together(self, specs: Iterable[EngineSpec]) -> Together:
+        """Return whether all of these fit at once, each as small as it may be."""
+        taken: Counter[str] = Counter()
+        sizes = []
+        fits = True
+        for spec in specs:
+            among = Surroundings(self.ledger, partial(self.footprint, spec), {}, taken, ())
+            best = planner.smallest_fit(spec, spec.wants, among)
+            fits = fits and best is not None
+            options, placement = best or (fill(spec.wants, spec.defaults), spec.placements[0])
+            footprint = self.footprint(spec, options, placement)
+            taken.update(dict(footprint.demands(placement)))
+            sizes.append((spec.key.model, footprint.host_bytes + footprint.device_bytes))
+        limits = [(device, self.ledger.limit(device)) for device in taken if device != ENGINES]
+        room = [f"{limit / 2**30:.2f} GiB on {d}" for d, limit in limits if limit is not None]
+        return Together(fits, tuple(sizes), " and ".join(room))
+
+    def explained(
+        self,
+        spec: EngineSpec,
+        wants: LoadOptions,
+        found: Plan,
+        among: Surroundings,
+        devices: tuple[DeviceState, ...],
+    ) -> Decision:
+        """Return a plan with what it was weighed by."""
+        footprint = self.footprint(spec, found.options, found.placement)
+        fits = found.verdict is not Verdict.NEVER
+        short = found.verdict in (Verdict.NEVER, Verdict.WAIT)
+        given_up = planner.reasons(spec, wants, found, self.ledger)
+        return Decision(
+            found.verdict,
+            spec.key.model,
+            found.options,
+            found.placement,
+            footprint,
+            expected_s=self._expected_s(spec, footprint),
+            learned=footprint.seen is not None,
+            devices=devices,
+            victims=tuple(Victim.of(candidate) for candidate in found.victims),
+            reasons=tuple(given_up) if fits else (),
+            lacking=() if fits else tuple(planner.lacking(spec, wants, among).items()),
+            alternatives=tuple(planner.alternatives(spec, wants, among)) if short else (),
+        )
+
+    def measured(
+        self,
+        devices: Iterable[DeviceReading],
+        uses: Mapping[EngineId, MemoryUse],
+        engines: Mapping[EngineId, Engine],
+    ) -> None:
+        """Take in what was measured: charges of running engines, and what others take."""
+        for engine_id, use in uses.items():
+            engine = engines.get(engine_id)
+            charge = None if engine is None else engine.charge_for(use)
+            if charge is not None:
+                self.ledger.charge(engine_id, charge)
+        self.ledger.read(devices, self._ours(uses, engines))
+
+    def _ours(
+        self, uses: Mapping[EngineId, MemoryUse], engines: Mapping[EngineId, Engine]
+    ) -> Amounts:
+        """Return what would be available again on each device if every engine were gone."""
+        ours: Counter[str] = Counter()
+        for engine_id, use in uses.items():
+            ours[HOST] += use.private_bytes or 0
+            ours.update(dict(use.devices or ()))
+            engine = engines.get(engine_id)
+            if use.devices is None and engine is not None and engine.ready_at is not None:
+                # The system does not tell whose the memory of its accelerators is.
+                charge = self.ledger.charge_of(engine_id)
+                ours.update({device: charge.get(device, 0) for device in engine.placement})
+        return ours
+
+    def _expected_s(self, spec: EngineSpec, footprint: Footprint) -> float:
+        learned_s = self._figures.load_s(spec.learned_as, spec.key.device)
+        return planner.expected_load_s(footprint, learned_s)

@@ -1,0 +1,112 @@
+"""The pool's news as the event stream tells it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from xandrouting.core.ledger import DeviceState
+from xandrouting.core.planner import Decision
+from xandrouting.http import lists
+from xandrouting.http.decisions import decision_item, device_items, loading_item
+from xandrouting.http.errors import body_of
+from xandrouting.pool.engine import EngineNews, News
+from xandrouting.pool.pool import EnginePool
+from xandrouting.telemetry.events import EventBus
+
+# What is worth a message of its own: an engine that left without anybody's wish.
+_NOTICES = {"evicted": "evicted", "idle": "ttl_unload"}
+
+
+class Newsroom:
+    """Publishes what happens to engines and to the machine's memory."""
+
+    def __init__(self) -> None:
+        self.bus = EventBus(self._snapshot)
+        self._pool: EnginePool | None = None
+        self._stale: frozenset[str] = frozenset()
+
+    def attend(self, pool: EnginePool) -> None:
+        """Take the pool whose state a snapshot shows. Before, there is nothing to show."""
+        self._pool = pool
+
+    def engine_news(self, item: EngineNews) -> None:
+        """Publish one change of an engine, and a notice where people will ask why."""
+        engine = item.engine
+        if not engine.spec.key.is_local:
+            return
+        found = None if self._pool is None else self._pool.view(engine.spec.key)
+        view = found[0] if found is not None and found[1] is engine else None
+        now = asyncio.get_running_loop().time()
+        deadline = None if view is None else view.idle_deadline()
+        data: dict[str, Any] = {
+            "id": engine.spec.key.model,
+            "engine": engine.label.decode(),
+            "backend": engine.spec.key.backend,
+            "device": engine.spec.key.device,
+            "event": item.news,
+            "state": "gone" if view is None else view.state,
+            "at": time.time(),
+            "memory_bytes": engine.memory.host_bytes,
+            "device_bytes": engine.memory.device_bytes,
+            "load_seconds": engine.load_seconds,
+            "active": 0 if view is None else view.active,
+            "pinned": False if view is None else view.pinned,
+            "expires_at": None if deadline is None else time.time() + deadline - now,
+        }
+        loading = loading_item(engine.loading(now))
+        if loading is not None:
+            data["progress"] = loading.model_dump()
+        if item.reason is not None:
+            data["reason"] = item.reason
+        if item.decision is not None:
+            data["decision"] = decision_item(item.decision).model_dump()
+        if item.error is not None:
+            data["error"] = body_of(item.error)["error"]
+        self.bus.publish("model", "model", data)
+        if item.news is News.STOPPING and item.reason in _NOTICES:
+            self._notice(_NOTICES[item.reason], engine.spec.key.model, item.decision)
+        elif item.news is News.FAILED and item.error is not None:
+            self.bus.publish("notice", "notice", _failure(data))
+
+    def survey(self) -> None:
+        """Publish the ledger's lines, and a notice when a device can no longer be read."""
+        devices = () if self._pool is None else self._pool.devices()
+        shown = [item.model_dump() for item in device_items(devices)]
+        self.bus.publish("gauge", "gauge", {"at": time.time(), "devices": shown})
+        self._tell_stale(devices)
+
+    def _tell_stale(self, devices: tuple[DeviceState, ...]) -> None:
+        stale = frozenset(device.device for device in devices if device.stale)
+        for device in sorted(stale - self._stale):
+            data = {"kind": "memory_stale", "device": device, "at": time.time()}
+            self.bus.publish("notice", "notice", data)
+        self._stale = stale
+
+    def _notice(self, kind: str, model: str, decision: Decision | None) -> None:
+        data: dict[str, Any] = {"kind": kind, "model": model, "at": time.time()}
+        if decision is not None:
+            data["for"] = decision.model
+        self.bus.publish("notice", "notice", data)
+
+    def _snapshot(self) -> dict[str, Any]:
+        now = asyncio.get_running_loop().time()
+        views = [] if self._pool is None else self._pool.views()
+        devices = () if self._pool is None else self._pool.devices()
+        return {
+            "now": time.time(),
+            "loaded": [
+                lists.loaded_item(view, engine, now=now).model_dump()
+                for view, engine in views
+                if lists.is_local(view)
+            ],
+            "requests": [],
+            "downloads": [],
+            "system": {"devices": [item.model_dump() for item in device_items(devices)]},
+        }
+
+
+def _failure(data: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: data[name] for name in ("at", "error")}
+    return {"kind": "load_failed", "model": data["id"], **kept}
