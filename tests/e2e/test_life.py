@@ -103,8 +103,11 @@ def test_unload_all(server: Server) -> None:
 
 def test_load_without_waiting(server: Server) -> None:
     answer = server.post("/v1/models/load", {"model": MODEL, "wait": False})
-    assert ok(answer, 202) == {"model": MODEL, "path": MODEL, "state": "starting"}
+    job = ok(answer, 202)
+    assert (job["model"], job["path"], job["state"]) == (MODEL, MODEL, "starting")
+    assert job["loading"]["phase"] == "starting"
     wait_for(lambda: [item["state"] for item in server.loaded()] == ["ready"], 10)
+    assert ok(server.get(f"/v1/models/load/{job['load_id']}"))["state"] == "ready"
     again = server.post("/v1/models/load", {"model": MODEL, "wait": False})
     assert ok(again, 202)["state"] == "ready"
 

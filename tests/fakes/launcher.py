@@ -125,6 +125,10 @@ class FakeHandle:
         await asyncio.sleep(0)  # as the real one, it lets others run
         return self.use()
 
+    def take(self, memory: Memory) -> None:
+        """Let its memory be this from now on."""
+        self._memory = memory
+
     def use(self) -> MemoryUse:
         taken = self._memory(self._loop.time() - self._began)
         return MemoryUse(host_bytes=taken, private_bytes=taken, devices=())

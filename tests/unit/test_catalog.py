@@ -16,7 +16,8 @@ from xandrouting.core.errors import (
     InvalidModelPath,
     ModelNotFound,
 )
-from xandrouting.core.model import Backend, Footprint, LoadOptions, ModelKey
+from xandrouting.core.model import Backend, FixedCost, Footprint, LoadOptions, ModelKey
+from xandrouting.engines.base import ModelFacts
 from xandrouting.engines.llamacpp import LlamaCpp
 from xandrouting.engines.upstream import Upstream
 from xandrouting.inventory.model_file import ModelFile, Snapshot
@@ -84,7 +85,8 @@ def test_a_file_is_served_by_llamacpp(world: World, snapshot: Snapshot) -> None:
     assert route.spec.key == key("small.gguf")
     assert route.spec.source == str(file.path)
     assert route.spec.revision == file.revision
-    assert route.spec.footprint == Footprint(engines=1, host_bytes=file.size_bytes)
+    assert route.spec.cost == LlamaCpp().cost(facts_of(file), "cpu")
+    assert route.spec.placements == ((),)
     assert route.spec.mmproj is None
     assert (route.asked_model, route.ttl_s, route.device_fallback) == (file.id, 7, None)
     assert route.file is file
@@ -129,7 +131,7 @@ def test_no_way_out_of_the_root(world: World) -> None:
 def test_what_is_asked_and_what_is_left_open(world: World) -> None:
     wants, defaults = world.options("qwen", n_ctx=8192, n_parallel=1)
     assert wants == LoadOptions(n_ctx=8192, n_parallel=1)
-    assert defaults == LoadOptions(n_ctx=4096, n_gpu_layers=0, n_parallel=2, embeddings=False)
+    assert defaults == LlamaCpp().defaults(ModelFacts(1, 32_768), "cpu")
 
 
 def test_the_default_context_is_no_larger_than_the_model_s(world: World) -> None:
@@ -269,7 +271,7 @@ def test_an_upstream_s_model(
     route = world.route(model, **fields)
     assert route.spec.key == ModelKey(name, Backend.UPSTREAM, "remote")
     assert route.spec.source == UPSTREAMS[name]
-    assert route.spec.footprint.engines == 0
+    assert route.spec.cost == FixedCost(Footprint(engines=0))
     assert route.spec.wants == route.spec.defaults == LoadOptions()
     assert (route.asked_model, route.ttl_s, route.file) == (asked, 0, None)
 

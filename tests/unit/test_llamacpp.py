@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.scheduling import QWEN
 from xandrouting.core.errors import EngineRejected, GatewayError, UnsupportedByEngine
-from xandrouting.core.model import EngineSpec, LaunchPlan, LoadOptions, StartFailure
+from xandrouting.core.model import EngineSpec, LaunchPlan, LoadOptions, Placement, StartFailure
 from xandrouting.engines.base import ModelFacts
 from xandrouting.engines.llamacpp import KEY_VARIABLE, READY_LINE, LlamaCpp
 
@@ -21,12 +21,18 @@ UNTOLD = ModelFacts(size_bytes=100)
 OPTIONS = LoadOptions(n_ctx=4096, n_gpu_layers=0, n_parallel=2)
 
 
+def defaults(**options: int) -> LoadOptions:
+    caches = {"cache_type_k": "f16", "cache_type_v": "f16"}
+    return LoadOptions(n_ctx=4096, embeddings=False, **options, **caches)
+
+
 def on(device: str, spec: EngineSpec = QWEN) -> EngineSpec:
     return replace(spec, key=replace(spec.key, device=device))
 
 
 def plan(spec: EngineSpec = QWEN, options: LoadOptions = OPTIONS) -> LaunchPlan:
-    return ADAPTER.plan(spec, options, api_key="k3y")
+    placement = () if spec.key.device == "cpu" else (spec.key.device,)
+    return ADAPTER.plan(spec, options, api_key="k3y", placement=placement)
 
 
 def flag(launch: LaunchPlan, name: str) -> str | None:
@@ -39,15 +45,15 @@ def flag(launch: LaunchPlan, name: str) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("device", "defaults"),
+    ("device", "expected"),
     [
-        ("cpu", LoadOptions(n_ctx=4096, n_gpu_layers=0, n_parallel=2, embeddings=False)),
-        ("cuda", LoadOptions(n_ctx=4096, n_gpu_layers=-1, n_parallel=4, embeddings=False)),
-        ("cuda:1", LoadOptions(n_ctx=4096, n_gpu_layers=-1, n_parallel=4, embeddings=False)),
+        ("cpu", defaults(n_gpu_layers=0, n_parallel=2)),
+        ("cuda", defaults(n_gpu_layers=-1, n_parallel=4)),
+        ("cuda:1", defaults(n_gpu_layers=-1, n_parallel=4)),
     ],
 )
-def test_defaults(device: str, defaults: LoadOptions) -> None:
-    assert ADAPTER.defaults(FACTS, device) == defaults
+def test_defaults(device: str, expected: LoadOptions) -> None:
+    assert ADAPTER.defaults(FACTS, device) == expected
 
 
 def test_the_default_context_is_no_larger_than_the_model_s() -> None:
@@ -123,11 +129,13 @@ def test_the_key_is_in_the_environment_and_not_in_the_process_list() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "visible"), [("cpu", ""), ("cuda", None), ("cuda:0", "0"), ("cuda:3", "3")]
+    ("placement", "visible"),
+    [((), ""), (("cuda:0",), "0"), (("cuda:3",), "3"), (("cuda:0", "cuda:1"), "0,1")],
 )
-def test_the_engine_sees_the_device_it_was_given(device: str, visible: str | None) -> None:
-    env = dict(plan(on(device)).env)
-    assert env.get("CUDA_VISIBLE_DEVICES") == visible
+def test_the_engine_sees_the_cards_it_was_given(placement: Placement, visible: str) -> None:
+    launch = ADAPTER.plan(on("cuda"), OPTIONS, api_key="k3y", placement=placement)
+    env = dict(launch.env)
+    assert env["CUDA_VISIBLE_DEVICES"] == visible
     assert env["OMP_WAIT_POLICY"] == "passive"
 
 

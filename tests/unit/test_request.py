@@ -66,7 +66,7 @@ def test_the_routing_fields_are_read() -> None:
 
 def test_unset_is_none() -> None:
     fields = parse()
-    assert [getattr(fields, name) for name in CUT] == [None] * 8
+    assert [getattr(fields, name) for name in CUT] == [None] * len(CUT)
     assert fields.stream is None
 
 
@@ -382,5 +382,5 @@ def test_load_and_unload_are_checked_alike() -> None:
 def test_the_routing_fields_are_the_contract_s() -> None:
     assert set(Routing.__struct_fields__) == {
         *("model", "backend", "device", "gpu_memory_utilization", "max_model_len"),
-        *("n_gpu_layers", "n_ctx", "n_parallel", "ttl"),
+        *("n_gpu_layers", "n_ctx", "n_parallel", "cache_type_k", "cache_type_v", "ttl"),
     }

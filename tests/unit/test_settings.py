@@ -43,7 +43,7 @@ def test_the_defaults_are_closed_and_small() -> None:
         *("127.0.0.1", 8080, None),
         True,
     )
-    assert (plain.default_ttl, plain.max_loaded, plain.device_fallback) == (300.0, 3, True)
+    assert (plain.default_ttl, plain.max_loaded, plain.device_fallback) == (300.0, None, True)
     assert (plain.cors_origins, plain.allowed_hosts, plain.upstreams) == ((), (), {})
 
 

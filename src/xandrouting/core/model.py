@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Final, NewType, Protocol
 
@@ -60,6 +60,10 @@ class LoadOptions:
     embeddings: bool | None = None  # the engine answers /v1/embeddings; only ever asked as True
     cache_type_k: str | None = None  # what a key of the KV cache is stored as: `f16`, `q8_0`, …
     cache_type_v: str | None = None
+
+    def __str__(self) -> str:
+        """Return what is set, for a log line."""
+        return " ".join(f"{name}={v}" for name, v in asdict(self).items() if v is not None)
 
 
 @dataclass(frozen=True, slots=True)

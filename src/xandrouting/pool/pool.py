@@ -369,7 +369,7 @@ class EnginePool:
         )
         self._engines[start.engine] = engine
         log.info(
-            "engine starting engine=%s options=%s placement=%s",
+            "engine starting engine=%s %s placement=%s",
             start.engine,
             start.options,
             ",".join(start.placement),
