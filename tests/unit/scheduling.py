@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from xandrouting.core.cover import fill
 from xandrouting.core.errors import GatewayError
@@ -11,24 +12,102 @@ from xandrouting.core.events import Acquire, EngineReady, Refuse, Release, Start
 from xandrouting.core.ledger import Ledger
 from xandrouting.core.model import (
     Backend,
+    Cost,
+    DeviceReading,
     EngineId,
     EngineSpec,
     FixedCost,
     Footprint,
     LoadOptions,
     ModelKey,
+    Placement,
+    Terms,
     Ticket,
 )
 from xandrouting.core.scheduler import Scheduler
 
+GIB: Final = 2**30
+CARD, CARD_1 = "cuda:0", "cuda:1"
+ONE_CARD: tuple[Placement, ...] = ((CARD,),)
+TWO_CARDS: tuple[Placement, ...] = ((CARD,), (CARD_1,), (CARD, CARD_1))  # one alone, else both
 
-def model(name: str, *, engines: int = 1, defaults: LoadOptions | None = None) -> EngineSpec:
+
+def gib(amount: float) -> int:
+    """Return so many GiB in bytes."""
+    return int(amount * GIB)
+
+
+@dataclass(frozen=True, slots=True)
+class GrowingCost:
+    """Weights, and a cache that grows with context and slots; each layer takes its share of both.
+
+    `cache_gib` is of one slot, for each 1,024 tokens stored as f16.
+    """
+
+    weights_gib: float
+    cache_gib: float
+    layers: int = 0
+
+    def footprint(self, options: LoadOptions) -> Footprint:
+        cache_gib = self.cache_gib * (options.n_parallel or 1) * (options.n_ctx or 2048) / 1024
+        if options.cache_type_k == "q8_0":
+            cache_gib /= 2
+        asked = options.n_gpu_layers
+        there = self.layers if asked in (None, -1) else asked
+        share = there / self.layers if self.layers else 0.0
+        terms = [
+            Terms(weights=gib(self.weights_gib * part), kv_cache=gib(cache_gib * part))
+            for part in (1 - share, share)
+        ]
+        return Footprint(host=terms[0], device=terms[1])
+
+
+def model(
+    name: str, *, engines: int = 1, host_gib: float = 0, defaults: LoadOptions | None = None
+) -> EngineSpec:
     return EngineSpec(
         ModelKey(f"/models/{name}.gguf", Backend.LLAMACPP, "cpu"),
         f"/models/{name}.gguf",
         defaults=LoadOptions(n_ctx=2048) if defaults is None else defaults,
-        cost=FixedCost(Footprint(engines=engines)),
+        cost=FixedCost(Footprint(engines, host=Terms(weights=gib(host_gib)))),
     )
+
+
+def growing(name: str, cost: Cost, placements: tuple[Placement, ...] = ((),)) -> EngineSpec:
+    """Return a model whose size follows from its options, with four slots unless asked."""
+    device = "cuda" if placements != ((),) else "cpu"
+    layers = -1 if device == "cuda" else 0
+    return EngineSpec(
+        ModelKey(f"/models/{name}.gguf", Backend.LLAMACPP, device),
+        f"/models/{name}.gguf",
+        defaults=LoadOptions(
+            n_ctx=1024,
+            n_gpu_layers=layers,
+            n_parallel=4,
+            cache_type_k="f16",
+            cache_type_v="f16",
+        ),
+        cost=cost,
+        placements=placements,
+    )
+
+
+def on_cards(
+    name: str,
+    device_gib: float,
+    *,
+    host_gib: float = 0,
+    placements: tuple[Placement, ...] = ONE_CARD,
+) -> EngineSpec:
+    """Return a model of a fixed size that runs on accelerators."""
+    footprint = Footprint(host=Terms(weights=gib(host_gib)), device=Terms(weights=gib(device_gib)))
+    return replace(growing(name, FixedCost(footprint), placements), defaults=LoadOptions())
+
+
+def reading(
+    device: str, capacity_gib: float, available_gib: float, *, stale: bool = False
+) -> DeviceReading:
+    return DeviceReading(device, f"a {device}", gib(capacity_gib), gib(available_gib), stale=stale)
 
 
 def asking(spec: EngineSpec, **wants: Any) -> EngineSpec:
@@ -52,10 +131,12 @@ LLAMA_1, MISTRAL_1, UPSTREAM_1 = nth(LLAMA, 1), nth(MISTRAL, 1), nth(UPSTREAM, 1
 A, B, C, D = (Ticket(n) for n in range(1, 5))
 
 
-def start(spec: EngineSpec, incarnation: int = 1, **options: Any) -> Start:
+def start(
+    spec: EngineSpec, incarnation: int = 1, *, placement: Placement = (), **options: Any
+) -> Start:
     """Return the start of an engine with the spec's own options, save those given here."""
     settled = replace(fill(spec.wants, spec.defaults), **options)
-    return Start(nth(spec, incarnation), spec, settled)
+    return Start(nth(spec, incarnation), spec, settled, placement)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,8 +158,13 @@ class Refused:
     __hash__ = None  # type: ignore[assignment]
 
 
-def make_scheduler(max_engines: int | None = None, **options: Any) -> Scheduler:
-    return Scheduler(Ledger(max_engines=max_engines), **options)
+def make_scheduler(
+    max_engines: int | None = None,
+    *,
+    budgets: Mapping[str, int] | None = None,
+    **options: Any,
+) -> Scheduler:
+    return Scheduler(Ledger(max_engines=max_engines, budgets=budgets), **options)
 
 
 def busy(scheduler: Scheduler, ticket: Ticket, spec: EngineSpec, *, now: float = 0.0) -> None:

@@ -7,7 +7,8 @@ asks the scheduler what it meant. `XANDROUTING_MACHINE_EXAMPLES` sets how many w
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -24,8 +25,9 @@ from hypothesis.stateful import (
 
 from tests.unit.scheduling import LLAMA, MISTRAL, QWEN, UPSTREAM, make_scheduler, model
 from xandrouting.core.cover import covers
+from xandrouting.core.engine import EngineView
 from xandrouting.core.engine_state import EngineState
-from xandrouting.core.errors import EngineStartFailed
+from xandrouting.core.errors import EngineStartFailed, GatewayError, InsufficientMemory
 from xandrouting.core.events import (
     Acquire,
     Effect,
@@ -33,6 +35,8 @@ from xandrouting.core.events import (
     EngineReady,
     Event,
     Grant,
+    Measured,
+    Pin,
     Refuse,
     Release,
     Shutdown,
@@ -41,13 +45,71 @@ from xandrouting.core.events import (
     Tick,
     Unload,
 )
-from xandrouting.core.model import EngineId, EngineSpec, LoadOptions, ModelKey, Ticket
+from xandrouting.core.model import (
+    ENGINES,
+    HOST,
+    DeviceReading,
+    EngineId,
+    EngineSpec,
+    FixedCost,
+    Footprint,
+    LoadOptions,
+    MemoryUse,
+    ModelKey,
+    Placement,
+    Terms,
+    Ticket,
+)
 
 EXAMPLES = int(os.environ.get("XANDROUTING_MACHINE_EXAMPLES", "30"))
 pytestmark = pytest.mark.timeout(60 + EXAMPLES // 10)  # seconds; a world takes about 15 ms
 
-GIANT = model("giant", engines=2)  # takes the room of two
-MODELS = (QWEN, LLAMA, MISTRAL, UPSTREAM, GIANT)
+CARD = "cuda:0"
+RAN_OUT = "out of memory"
+BUDGETS = {HOST: 100, CARD: 100}  # bytes; when memory is short at all
+
+
+def of(spec: EngineSpec, *, engines: int = 1, host: int = 0, device: int = 0) -> EngineSpec:
+    """Return the spec of a model that takes this much, with any options."""
+    footprint = Footprint(engines, Terms(weights=host), Terms(weights=device))
+    placements: tuple[Placement, ...] = ((CARD,),) if device else ((),)
+    return replace(spec, cost=FixedCost(footprint), placements=placements)
+
+
+@dataclass(frozen=True, slots=True)
+class ByLayers:
+    """What a model takes that may lie on the card or in main memory, layer by layer."""
+
+    layers: int = 8
+
+    def footprint(self, options: LoadOptions) -> Footprint:
+        asked = self.layers if options.n_gpu_layers in (None, -1) else options.n_gpu_layers
+        there = min(asked, self.layers) * 10
+        slots = (options.n_parallel or 1) * 6
+        host = Terms(weights=self.layers * 10 - there, overhead=5)
+        return Footprint(1, host, Terms(weights=there, kv_cache=slots))
+
+
+GIANT = of(model("giant"), engines=2, host=90)  # takes the room of two, and nearly all memory
+ON_CARD = of(model("on-card"), host=10, device=60)
+ALSO_ON_CARD = of(model("also-on-card"), host=10, device=50)
+LAYERED = replace(
+    model("layered", defaults=LoadOptions(n_ctx=2048, n_gpu_layers=-1, n_parallel=4)),
+    cost=ByLayers(),
+    placements=((CARD,),),
+)
+IMPOSSIBLE = of(model("impossible"), host=500)
+FITTING = (
+    of(QWEN, host=40),
+    of(LLAMA, host=45),
+    of(MISTRAL, host=30),
+    UPSTREAM,
+    GIANT,
+    ON_CARD,
+    ALSO_ON_CARD,
+    LAYERED,
+)
+MODELS = (*FITTING, IMPOSSIBLE)
 WISHES = (
     LoadOptions(),
     LoadOptions(n_ctx=4096),
@@ -67,6 +129,7 @@ class Life:
     ready: bool = False
     stopped: bool = False  # a Stop was sent; the process still lives
     wished_away: bool = False
+    drained: bool = False  # it took no new leases any more, before it left
     closed: bool = False  # takes no new lease any more
     leases: set[Ticket] = field(default_factory=set)
 
@@ -83,6 +146,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         fair_wait_s=st.sampled_from([0.0, 5.0, 100.0]),
         default_ttl_s=st.sampled_from([0.0, 7.0, 300.0]),
         crowded=st.booleans(),
+        short=st.booleans(),
+        min_residency_s=st.sampled_from([0.0, 3.0]),
     )
     def begin(
         self,
@@ -91,14 +156,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         fair_wait_s: float,
         default_ttl_s: float,
         crowded: bool,
+        short: bool,
+        min_residency_s: float,
     ) -> None:
+        self.limits: dict[str, int] = dict(BUDGETS) if short else {}
+        if max_engines is not None:
+            self.limits[ENGINES] = max_engines
         self.scheduler = make_scheduler(
             max_engines,
+            budgets=BUDGETS if short else None,
+            min_residency_s=min_residency_s,
             max_queue=max_queue,
             fair_wait_s=fair_wait_s,
             default_ttl_s=default_ttl_s,
         )
-        self.max_engines = max_engines
+        self.short = short
+        self.pinned: set[str] = set()
+        self.retried: set[ModelKey] = set()  # ran out of memory once, and wait for a second try
+        self.residency = min_residency_s > 0.0
         self.crowded = crowded  # at the end, ready engines are never idle
         self.now = 0.0
         self.numbers = count(1)
@@ -140,9 +215,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._ask(spec, ttl_s=ttl_s, deadline=deadline)
 
     @precondition(lambda self: self.waiting)
+    @rule(pick=st.integers(0, 9), take_back=st.booleans())
+    def cancel(self, pick: int, take_back: bool) -> None:
+        self._release(_one_of(self.waiting, pick), take_back=take_back)
+
+    @rule(spec=st.sampled_from(FITTING), pinned=st.booleans())
+    def pin(self, spec: EngineSpec, pinned: bool) -> None:
+        if spec.key.is_local:
+            (self.pinned.add if pinned else self.pinned.discard)(spec.key.model)
+            self._send(Pin(spec.key.model, pinned))
+
+    @precondition(lambda self: self.short)
+    @rule(
+        others=st.sampled_from([0, 0, 20, 70]),
+        on_card=st.sampled_from([0, 0, 45]),
+        taken=st.sampled_from([0.5, 0.9, 1.0, 1.2]),
+    )
+    def measure(self, others: int, on_card: int, taken: float) -> None:
+        self._measure({HOST: others, CARD: on_card}, taken)
+
+    @precondition(lambda self: self._lives(ready=False, stopped=False))
     @rule(pick=st.integers(0, 9))
-    def cancel(self, pick: int) -> None:
-        self._release(_one_of(self.waiting, pick))
+    def run_out_of_memory(self, pick: int) -> None:
+        life = _one_of(self._lives(ready=False, stopped=False), pick)
+        again = life.id.key in self.retried or not self._awaited(life)
+        effects = self._exit(life, InsufficientMemory(RAN_OUT))
+        assert not (again and self._awaited(life)), "a third try"
+        if self._awaited(life):
+            assert any(isinstance(e, Stop) for e in effects), "a second try like the first"
+            self.retried.add(life.id.key)
 
     @precondition(lambda self: self.granted)
     @rule(pick=st.integers(0, 9))
@@ -262,12 +363,20 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_head_waits_only_for_room_and_somebody_makes_it(self) -> None:
-        if self._head() is None:
+        head = self._head()
+        if head is None or isinstance(head.cost, ByLayers) or head.key in self.retried:
             return
-        assert self._lacking() > 0
-        # Who is idle leaves for it, unless enough are leaving already.
-        if any(v.idle_since is not None and self._counts(v.spec) for v in self.scheduler.views()):
-            assert self._lacking(once_gone=self._lives(stopped=True)) <= 0
+        assert self._lacking(head), "it could start"
+        leaving = self._lives(stopped=True)
+        if not self._lacking(head, once_gone=leaving):
+            return
+        # Those who may leave at once are not enough even together, or they would be leaving.
+        idle = [self.live[v.engine.key] for v in self.scheduler.views() if self._may_leave(v)]
+        assert self._lacking(head, once_gone=[*leaving, *idle]), "somebody idle stays"
+
+    @invariant()
+    def what_cannot_fit_does_not_wait(self) -> None:
+        assert not self.short or all(s.key != IMPOSSIBLE.key for s in self.waiting.values())
 
     # The world's own picture.
 
@@ -275,27 +384,41 @@ class SchedulerMachine(RuleBasedStateMachine):
         self, spec: EngineSpec, *, ttl_s: float | None = None, deadline: float | None = None
     ) -> Ticket:
         ticket = Ticket(next(self.numbers))
-        if self.max_engines == 1 and spec.key == GIANT.key:
-            spec = replace(QWEN, wants=spec.wants)  # it would never fit
         self.waiting[ticket] = spec
         self._send(Acquire(ticket, spec, ttl_s, deadline))
         return ticket
 
-    def _release(self, ticket: Ticket) -> None:
+    def _release(self, ticket: Ticket, *, take_back: bool = False) -> None:
         self.waiting.pop(ticket, None)
         self.refused.discard(ticket)
         if ticket in self.granted:
             self.granted.pop(ticket).leases.discard(ticket)
-        self._send(Release(ticket))
+        self._send(Release(ticket, take_back))
 
     def _become_ready(self, life: Life) -> None:
         life.ready = True
         self._send(EngineReady(life.id))
         life.closed |= life.wished_away
 
-    def _exit(self, life: Life, why: EngineStartFailed | None = None) -> None:
+    def _exit(self, life: Life, why: GatewayError | None = None) -> list[Effect]:
         del self.live[life.id.key]
-        self._send(EngineExited(life.id, why))
+        return self._send(EngineExited(life.id, why))
+
+    def _measure(self, others: Mapping[str, int], taken: float) -> None:
+        uses = {}
+        for view in self.scheduler.views():
+            host, device = view.decision.footprint.host_bytes, view.decision.footprint.device_bytes
+            on_card = ((CARD, int(device * taken)),) if view.placement else ()
+            uses[view.engine] = MemoryUse(int(host * taken), int(host * taken), on_card)
+        readings = []
+        for device, capacity in BUDGETS.items():
+            ours = sum(use.private_bytes or 0 for use in uses.values())
+            if device == CARD:
+                ours = sum(dict(use.devices or ()).get(CARD, 0) for use in uses.values())
+            available = capacity - others[device] - ours
+            readings.append(DeviceReading(device, device, capacity, available))
+            self.limits[device] = capacity - max(0, others[device])
+        self._send(Measured(tuple(readings), uses))
 
     def _tick(self) -> None:
         self._send(Tick())
@@ -309,6 +432,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._tick()
 
     def _send(self, event: Event) -> list[Effect]:
+        for view in self.scheduler.views():
+            if view.state is EngineState.DRAINING and view.engine.key in self.live:
+                self.live[view.engine.key].drained = True
+        self.begun: list[Start] = []
         effects = self.scheduler.handle(event, now=self.now)
         for effect in effects:
             match effect:
@@ -319,8 +446,18 @@ class SchedulerMachine(RuleBasedStateMachine):
                 case Grant():
                     self._granted(effect)
                 case Refuse():
-                    del self.waiting[effect.ticket]  # it waited: no Grant and no Refuse before
+                    spec = self.waiting.pop(effect.ticket)  # no Grant and no Refuse before
                     self.refused.add(effect.ticket)
+                    if isinstance(event, Acquire) and isinstance(effect.error, InsufficientMemory):
+                        assert len(effects) == 1, "somebody leaves for what cannot fit"
+                        fixed = isinstance(spec.cost, FixedCost)
+                        told = effect.error.message != RAN_OUT  # not of an earlier start
+                        assert not (fixed and told) or self._lacking_alone(spec)
+        for start in self.begun:
+            self._is_covered(start)
+        self.retried = {
+            key for key in self.retried if any(s.key == key for s in self.waiting.values())
+        }
         return effects
 
     def _started(self, effect: Start) -> None:
@@ -338,20 +475,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             raise AssertionError("started for nobody")
         self.live[key] = Life(effect.engine, effect.spec, effect.options)
-        assert self.max_engines is None or self._counted() <= self.max_engines
+        self.begun.append(effect)
 
     def _stopped(self, effect: Stop, cause: Event) -> None:
         life = self.live[effect.engine.key]
         assert life.id == effect.engine
-        by_force = isinstance(cause, Unload | Shutdown) and cause.force
+        meant = not isinstance(cause, Unload) or cause.engine == life.id
+        by_force = isinstance(cause, Unload | Shutdown) and cause.force and meant
         assert effect.force == by_force
         assert by_force or not life.leases
         assert by_force or not life.stopped, "told twice"
         assert by_force or life.ready or not self._awaited(life), "somebody waits for it"
         if effect.reason == "evicted":
             assert self._counts(life.spec)
-            if not isinstance(cause, Release):  # else it may have drained for one who left since
-                assert self._lacking(once_gone=self._lives(stopped=True)) > 0, "one too many"
+            assert life.drained or life.id.key.model not in self.pinned
+            out_of_memory = isinstance(cause, EngineExited) and cause.failure is not None
+            head = self._head()
+            # One that drained may have done so for somebody who left since.
+            if not life.drained and not out_of_memory and not isinstance(head.cost, ByLayers):
+                assert self._lacking(head, once_gone=self._lives(stopped=True)), "one too many"
         life.stopped = life.closed = True
 
     def _granted(self, effect: Grant) -> None:
@@ -378,33 +520,75 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _counts(self, spec: EngineSpec) -> bool:
         return spec.key.is_local
 
-    def _counted(self) -> int:
-        return sum(life.spec.footprint.engines for life in self.live.values())
-
     def _head(self) -> EngineSpec | None:
         """The first in the queue that has no engine: who waits for room."""
         return next((s for s in self.waiting.values() if s.key not in self.live), None)
 
-    def _lacking(self, *, once_gone: Sequence[Life] = ()) -> int:
-        """How much room the head lacks; what leaves for its own successor frees none."""
-        head = self._head()
-        assert head is not None
-        assert self.max_engines is not None
+    def _may_leave(self, view: EngineView) -> bool:
+        """Whether an engine may be asked to leave at once, whoever it is for."""
+        lingers = self.scheduler.next_wakeup(now=self.now) is not None and self.residency
+        return (
+            view.idle_since is not None
+            and self._counts(view.spec)
+            and not view.pinned
+            and not lingers
+        )
+
+    def _charges(self, without: Sequence[Life] = ()) -> Counter[str]:
+        gone = {life.id for life in without}
+        charges: Counter[str] = Counter()
+        for view in self.scheduler.views():
+            if view.engine not in gone:
+                charges.update(view.charged)
+        return charges
+
+    def _lacking(self, head: EngineSpec, *, once_gone: Sequence[Life] = ()) -> dict[str, int]:
+        """What the head lacks; what leaves for its own successor frees nothing for it."""
         keys = [spec.key for spec in self.waiting.values()]
         promised = keys[: keys.index(head.key)]
-        freed = sum(e.spec.footprint.engines for e in once_gone if e.id.key not in promised)
-        return self._counted() - freed + head.footprint.engines - self.max_engines
+        gone = [life for life in once_gone if life.id.key not in promised]
+        return self._over(head, self._charges(gone))
+
+    def _lacking_alone(self, spec: EngineSpec) -> dict[str, int]:
+        """What is too much of a model though all are gone that may leave for it."""
+        staying = [v for v in self.scheduler.views() if v.pinned and v.engine.key != spec.key]
+        charges: Counter[str] = Counter()
+        for view in staying:
+            charges.update(view.charged)
+        return self._over(spec, charges)
+
+    def _over(self, spec: EngineSpec, charges: Mapping[str, int]) -> dict[str, int]:
+        wanted = dict(spec.cost.footprint(LoadOptions()).demands(spec.placements[0]))
+        return {
+            resource: lack
+            for resource, amount in wanted.items()
+            if amount
+            and resource in self.limits
+            and (lack := charges.get(resource, 0) + amount - self.limits[resource]) > 0
+        }
+
+    def _is_covered(self, start: Start) -> None:
+        """What was promised is there: of each thing it takes, all together are not too much."""
+        charges = self._charges()
+        for resource, amount in self.scheduler.view(start.engine.key).charged.items():
+            if amount and resource in self.limits:
+                assert charges[resource] <= self.limits[resource], "more than there is"
 
     # A fair world: whatever was asked for happens, and time goes on.
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return  # the first step failed
+        for name in sorted(self.pinned):
+            self.pinned.discard(name)
+            self._send(Pin(name, pinned=False))
+        if self.short:
+            self._measure({HOST: 0, CARD: 0}, taken=0.5)
         for spec in MODELS:
             self._ask(spec)
         patient = set(self.waiting)
         # One wait, one stop, one start and one turn for each who waits, with time to spare.
-        for _ in range(12 * (len(patient) + 1)):
+        for _ in range(20 * (len(patient) + 1)):
             if not patient & self.waiting.keys():
                 break
             self._one_round()

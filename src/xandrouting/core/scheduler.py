@@ -261,10 +261,10 @@ class Scheduler:
             return
         if engine.state is EngineState.READY:
             engine.idle_since = now
-            if self._queue:
-                self._advance(now, effects)
         elif engine.state is EngineState.DRAINING:
             self._stop(engine, engine.retire or "unload", effects)
+        if self._queue:
+            self._advance(now, effects)
 
     def _ready(self, engine_id: EngineId, now: float, effects: list[Effect]) -> None:
         engine = self._current(engine_id)
