@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import uvicorn
@@ -38,6 +39,7 @@ from xandrouting.http.news import Newsroom
 from xandrouting.http.protocol import Protocol
 from xandrouting.http.schemas import EngineStatus
 from xandrouting.http.services import Services
+from xandrouting.inventory.architectures import KnownArchitectures
 from xandrouting.inventory.inventory import Inventory
 from xandrouting.launch.base import Survey
 from xandrouting.launch.devices import cuda_devices
@@ -78,7 +80,7 @@ class Gateway:
     ) -> None:
         self._settings = settings
         self.stats = RequestStats()
-        self.inventory = Inventory(settings.models_dir)
+        self.inventory = Inventory(settings.models_dir, KnownArchitectures(engine_libraries()))
         self._store = FigureStore.open(settings.data_dir / "figures.db")
         figures = self._store.load()
         self._scheduler = scheduler = Scheduler(
@@ -275,6 +277,13 @@ def budgets(settings: Settings, survey: Survey) -> Mapping[str, int]:
         except BudgetTooLarge as error:
             raise CannotStart(f"{name}: {error}") from error
     return found
+
+
+def engine_libraries() -> list[Path]:
+    """Return the files that hold llama.cpp; none where it is not installed."""
+    spec = importlib.util.find_spec("xllamacpp")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return [library for folder in folders for library in Path(folder).glob("*.so")]
 
 
 def backend_statuses(settings: Settings) -> Mapping[str, EngineStatus]:

@@ -31,6 +31,7 @@ from tests.unit.scheduling import (
     nth,
     start,
 )
+from xandrouting.core.engine import EngineView
 from xandrouting.core.engine_state import EngineState, InvalidTransition
 from xandrouting.core.errors import (
     EngineStartFailed,
@@ -52,8 +53,8 @@ from xandrouting.core.events import (
     Tick,
     Unload,
 )
-from xandrouting.core.model import LoadOptions, Ticket
-from xandrouting.core.scheduler import EngineView, Scheduler
+from xandrouting.core.model import ENGINES, HOST, LoadOptions, Ticket
+from xandrouting.core.scheduler import Scheduler
 
 # Loading on demand, and hits.
 
@@ -812,6 +813,11 @@ def test_an_engine_s_names() -> None:
     assert str(QWEN_3) == "/models/qwen.gguf@llamacpp/cpu#3"
 
 
+def test_options_in_a_log_line_are_those_that_are_set() -> None:
+    assert str(LoadOptions(n_ctx=2048, n_gpu_layers=0)) == "n_ctx=2048 n_gpu_layers=0"
+    assert str(LoadOptions()) == ""
+
+
 def test_next_wakeup_is_the_first_thing_time_alone_will_do() -> None:
     scheduler = make_scheduler(2, fair_wait_s=5.0, default_ttl_s=60.0)
     assert scheduler.next_wakeup(now=0.0) is None
@@ -838,19 +844,44 @@ def test_nobody_is_woken_for_a_head_for_whom_somebody_is_leaving() -> None:
 
 def test_views_show_each_engine_and_who_waits_for_it() -> None:
     scheduler = make_scheduler(default_ttl_s=60.0)
-    busy(scheduler, A, QWEN, now=1.0)
-    larger = asking(QWEN, n_ctx=4096)
-    scheduler.handle(Acquire(B, larger), now=2.0)
-    idle(scheduler, LLAMA, since=3.0)
-    loaded = LoadOptions(n_ctx=2048)
-    drains = EngineView(QWEN_1, QWEN, loaded, EngineState.DRAINING, 60.0, None, 1, 1)
-    rests = EngineView(LLAMA_1, LLAMA, loaded, EngineState.READY, 60.0, 3.0, 0, 0)
+    [drains_by] = scheduler.handle(Acquire(A, QWEN), now=1.0)
+    scheduler.handle(EngineReady(QWEN_1), now=1.0)
+    scheduler.handle(Acquire(B, asking(QWEN, n_ctx=4096)), now=2.0)
+    [rests_by] = scheduler.handle(Acquire(C, LLAMA), now=3.0)
+    scheduler.handle(EngineReady(LLAMA_1), now=3.0)
+    scheduler.handle(Release(C), now=3.0)
+    rests = EngineView(
+        LLAMA_1,
+        LLAMA,
+        options=LoadOptions(n_ctx=2048),
+        placement=(),
+        state=EngineState.READY,
+        ttl_s=60.0,
+        pinned=False,
+        idle_since=3.0,
+        active=0,
+        waiting=0,
+        charged={ENGINES: 1, HOST: 0},
+        decision=rests_by.decision,
+    )
+    drains = replace(
+        rests,
+        engine=QWEN_1,
+        spec=QWEN,
+        state=EngineState.DRAINING,
+        idle_since=None,
+        active=1,
+        waiting=1,
+        decision=drains_by.decision,
+    )
     assert scheduler.views() == [drains, rests]
     assert scheduler.view(QWEN.key) == drains
     assert scheduler.view(MISTRAL.key) is None
+    assert (scheduler.holds(QWEN.key), scheduler.holds(MISTRAL.key)) == (True, False)
     assert drains.idle_deadline() is None
     assert rests.idle_deadline() == 63.0
     assert replace(rests, ttl_s=0.0).idle_deadline() is None
+    assert replace(rests, pinned=True).idle_deadline() is None
     assert replace(rests, state=EngineState.STOPPING).idle_deadline() is None
 
 

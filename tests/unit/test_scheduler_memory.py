@@ -5,7 +5,6 @@ Models are named for their size in GiB; the machine has ten unless a test says o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -35,7 +34,6 @@ from tests.unit.scheduling import (
     reading,
     start,
 )
-from xandrouting.core.cover import fill
 from xandrouting.core.errors import (
     EngineStartFailed,
     InsufficientMemory,
@@ -52,7 +50,6 @@ from xandrouting.core.events import (
     Pin,
     Refuse,
     Release,
-    Shutdown,
     Start,
     Stop,
     Tick,
@@ -66,7 +63,6 @@ from xandrouting.core.model import (
     Figure,
     LoadOptions,
     MemoryUse,
-    Placement,
     Ticket,
 )
 from xandrouting.core.planner import Verdict
@@ -99,18 +95,15 @@ def of_ten(max_engines: int | None = None, **options: object) -> Scheduler:
     return make_scheduler(max_engines, budgets={HOST: gib(10), CARD: gib(10)}, **options)
 
 
-def host(available_gib: float, **uses: MemoryUse) -> Measured:
+def host(available_gib: float) -> Measured:
     """Return what a machine of ten tells."""
     return Measured((reading(HOST, 10, available_gib),))
 
 
-def uses(engine: EngineId, host_gib: float, private_gib: float | None = None) -> Measured:
-    """Return that an engine was seen to take this of ten, and other programs nothing."""
-    private = gib(host_gib if private_gib is None else private_gib)
-    use = MemoryUse(gib(host_gib), private, ())
-    return Measured(
-        (replace(reading(HOST, 10, 10), available_bytes=gib(10) - private),), {engine: use}
-    )
+def uses(engine: EngineId, host_gib: float, *, others_gib: float = 0) -> Measured:
+    """Return that an engine was seen to take this of ten, and other programs that."""
+    use = MemoryUse(gib(host_gib), gib(host_gib), ())
+    return Measured((reading(HOST, 10, 10 - host_gib - others_gib),), {engine: use})
 
 
 def charged(scheduler: Scheduler, spec: EngineSpec, device: str = HOST) -> float:
@@ -122,11 +115,6 @@ def charged(scheduler: Scheduler, spec: EngineSpec, device: str = HOST) -> float
 
 def states(scheduler: Scheduler) -> list[str]:
     return [view.state for view in scheduler.views()]
-
-
-def give_back(scheduler: Scheduler, *, now: float) -> list[object]:
-    """End a ticket that was refused."""
-    return list(scheduler.handle(Release(Ticket(-9)), now=now))
 
 
 # Room.
@@ -162,17 +150,15 @@ def test_only_as_many_leave_as_are_needed() -> None:
     assert scheduler.handle(EngineExited(THREE_1), now=6.0) == [start(FIVE)]
 
 
-def test_one_large_engine_leaves_rather_than_two_small_ones_that_cost_more() -> None:
+def test_the_one_that_is_there_again_soonest_leaves() -> None:
+    slow, quick = (replace(spec, learned_as=spec.key.model) for spec in (THREE, FOUR))
     figures = Figures()
-    for spec, load_s in [(THREE, 50.0), (ALSO_THREE, 50.0), (FOUR, 2.0)]:
-        learned = fill(spec.wants, spec.defaults)
-        figures.note(spec.key.model, "cpu", 0, learned, Figure(gib(4), 0, load_s))
-    scheduler = make_scheduler(budgets={HOST: gib(12)}, figures=figures)
-    for spec in (THREE, ALSO_THREE, FOUR):
-        idle(scheduler, replace(spec, learned_as=spec.key.model), since=0.0)
-    assert scheduler.handle(Acquire(A, FOUR), now=5.0) == [Grant(A, FOUR_1)]
-    assert scheduler.handle(Release(A), now=5.0) == []
-    assert scheduler.handle(Acquire(B, ONE), now=9.0) == [Stop(FOUR_1, "evicted")]
+    figures.note(slow.learned_as, "cpu", 0, slow.defaults, Figure(gib(3), 0, load_s=50.0))
+    figures.note(quick.learned_as, "cpu", 0, quick.defaults, Figure(gib(4), 0, load_s=2.0))
+    scheduler = of_ten(figures=figures)
+    idle(scheduler, slow, since=0.0)
+    idle(scheduler, quick, since=0.0)
+    assert scheduler.handle(Acquire(A, FIVE), now=5.0) == [Stop(FOUR_1, "evicted")]
 
 
 def test_the_one_asked_for_less_often_leaves() -> None:
@@ -572,8 +558,7 @@ def test_what_others_take_is_promised_to_nobody() -> None:
 def test_idle_engines_leave_for_what_others_took() -> None:
     scheduler = of_ten()
     idle(scheduler, THREE, since=0.0)
-    use = MemoryUse(gib(3), gib(3), ())
-    scheduler.handle(Measured((reading(HOST, 10, 5),), {THREE_1: use}), now=1.0)  # others: 2
+    scheduler.handle(uses(THREE_1, 3, others_gib=2), now=1.0)
     assert scheduler.handle(Acquire(A, SIX), now=2.0) == [Stop(THREE_1, "evicted")]
 
 
@@ -593,8 +578,7 @@ def test_the_one_behind_who_is_refused_may_start() -> None:
     busy(scheduler, A, FIVE)
     scheduler.handle(Acquire(B, EIGHT), now=1.0)
     scheduler.handle(Acquire(C, ONE), now=1.0)
-    use = MemoryUse(gib(5), gib(5), ())
-    assert scheduler.handle(Measured((reading(HOST, 10, 1.5),), {FIVE_1: use}), now=2.0) == [
+    assert scheduler.handle(uses(FIVE_1, 5, others_gib=3.5), now=2.0) == [
         Refused(B, InsufficientMemory),
         start(ONE),
     ]
@@ -603,8 +587,7 @@ def test_the_one_behind_who_is_refused_may_start() -> None:
 def test_memory_that_comes_back_wakes_the_head() -> None:
     scheduler = of_ten(fair_wait_s=100.0)
     busy(scheduler, A, THREE)
-    use = MemoryUse(gib(3), gib(3), ())
-    scheduler.handle(Measured((reading(HOST, 10, 5),), {THREE_1: use}), now=1.0)  # others: 2
+    scheduler.handle(uses(THREE_1, 3, others_gib=2), now=1.0)
     assert scheduler.handle(Acquire(B, SIX), now=2.0) == []
     assert scheduler.handle(uses(THREE_1, 3), now=3.0) == [start(SIX)]
 
@@ -1044,11 +1027,16 @@ def test_models_fit_together_if_the_budget_holds_them_all() -> None:
     assert not scheduler.fit_together([ELEVEN]).fits
 
 
-def test_models_fit_together_as_small_as_they_may_be() -> None:
-    scheduler = of_ten()
-    also_slotted = growing("also-slotted", GrowingCost(4, 1))
-    assert scheduler.fit_together([FIVE, SLOTTED]).fits
-    assert scheduler.fit_together([SLOTTED, also_slotted]).fits
+def test_models_fit_together_as_they_would_be_loaded_one_after_the_other() -> None:
+    # Each is as large as the ones before it leave it room for.
+    for specs, fits in [([FIVE, SLOTTED], True), ([SLOTTED, FIVE], False)]:
+        assert of_ten().fit_together(specs).fits is fits
+        scheduler = of_ten()
+        for spec in specs:
+            scheduler.handle(Pin(spec.key.model), now=0.0)
+        first = scheduler.handle(Acquire(A, specs[0]), now=0.0)
+        second = scheduler.handle(Acquire(B, specs[1]), now=0.0)
+        assert [type(effect) for effect in (*first, *second)] == [Start, Start if fits else Refuse]
 
 
 def test_models_fit_together_on_each_device() -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 from xandrouting.core.errors import InvalidModelFile, ModelNotFound
+from xandrouting.inventory.architectures import KnownArchitectures
 from xandrouting.inventory.model_file import ModelFile, Snapshot, shown
 from xandrouting.inventory.scan import HeaderCache, recheck, scan
 
 
 class Inventory:
-    """What lies under one models directory. All reading happens in threads."""
+    """What lies under one models directory. All reading happens in threads.
 
-    def __init__(self, root: Path) -> None:
+    `architectures` tells what the engine can load; None: everything is tried.
+    """
+
+    def __init__(self, root: Path, architectures: KnownArchitectures | None = None) -> None:
         self._root = root
+        self._architectures = architectures
         self._cache = HeaderCache()
         self._snapshot = Snapshot()
         self._turn = asyncio.Lock()  # whoever holds it scans
@@ -51,7 +57,7 @@ class Inventory:
             ModelNotFound: its files are gone since the last scan.
             InvalidModelFile: no engine could load it; the message says why and what to do.
         """
-        found = await asyncio.to_thread(recheck, self._root, model)
+        found = await asyncio.to_thread(self._recheck, model)
         if found is None:
             raise ModelNotFound(
                 f"The files of '{shown(model.id)}' are no longer there. "
@@ -68,6 +74,15 @@ class Inventory:
             )
         return found
 
+    def _recheck(self, model: ModelFile) -> ModelFile | None:
+        found = recheck(self._root, model)
+        if found is None or found.header is None or self._architectures is None:
+            return found
+        name = found.header.architecture
+        if found.problem is None and name is not None and not self._architectures.knows(name):
+            return replace(found, problem=f"the engine does not know the architecture {name!r}")
+        return found
+
     def _scan(self) -> Snapshot:
         before = self._snapshot
         found = scan(self._root, self._cache)
@@ -81,6 +96,8 @@ def _remedy(problem: str) -> str:
         return "Download the missing parts into the same folder."
     if "unreadable" in problem:
         return "Let the user that the server runs as read the file."
+    if "architecture" in problem:
+        return "Update the engine, or choose another model."
     if "not a model" in problem:
         return "Ask for the model it belongs to."
     return "Download it again, or delete it."
