@@ -211,6 +211,22 @@ def test_where_the_kernel_has_no_rollup_psutil_tells(tmp_path: Path) -> None:
     assert use.private_bytes == pytest.approx(real.private_bytes, rel=0.1)
 
 
+def test_anonymous_memory_is_always_fresh(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_memory, "KEPT_FOR_COSTS", 1e9)
+    meter = host_memory.Meter(machine.root)
+    machine.write("proc/11/smaps_rollup", ROLLUP)
+    before = meter.measure([11])
+    assert before.private_bytes is not None
+    machine.write("proc/11/status", "Name:\tengine\nRssAnon:\t 700 kB\n")  # 500 more
+    now = meter.measure([11])
+    assert now.private_bytes == before.private_bytes + 500 * 1024
+    assert now.host_bytes == 1812 * 1024
+    (machine.root / "proc/11/status").unlink()  # it has ended
+    assert meter.measure([11]) == MemoryUse()
+
+
 @pytest.mark.parametrize(("kept_for_costs", "then"), [(1e9, 1312), (0, 9312)])
 def test_a_figure_is_kept_in_proportion_to_its_cost(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, kept_for_costs: float, then: int
@@ -218,6 +234,7 @@ def test_a_figure_is_kept_in_proportion_to_its_cost(
     monkeypatch.setattr(host_memory, "KEPT_FOR_COSTS", kept_for_costs)
     meter = host_memory.Meter(machine.root)
     machine.write("proc/11/smaps_rollup", ROLLUP)
+    machine.write("proc/11/status", "Name:\tengine\nVmRSS:\t 2000 kB\n")
     assert meter.measure([11]).host_bytes == 1312 * 1024
     machine.write("proc/11/smaps_rollup", ROLLUP.replace("1312", "9312"))
     assert meter.measure([11]).host_bytes == then * 1024

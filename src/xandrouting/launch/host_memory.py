@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -117,10 +117,11 @@ def oom_kills(root: Path = ROOT) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """What one process takes; bytes."""
+    """What one process takes; bytes. `anonymous` and `shared_memory` are part of `pss`."""
 
     pss: int
-    private: int
+    anonymous: int
+    shared_memory: int = 0  # its share of it
 
 
 class Meter:
@@ -129,7 +130,7 @@ class Meter:
     To tell a process's share the kernel looks at every page it maps, 12 ms for each GiB of a
     model's file, and a large model would keep a core busy with being measured. So a figure
     that took long to read is kept for long: a small process's for milliseconds, 40 GiB for
-    ten seconds.
+    ten seconds. Its anonymous memory, which the kernel counts as it goes, is always fresh.
     """
 
     def __init__(self, root: Path = ROOT) -> None:
@@ -154,13 +155,13 @@ class Meter:
             return MemoryUse()
         return MemoryUse(
             host_bytes=sum(share.pss for share in shares),
-            private_bytes=sum(share.private for share in shares),
+            private_bytes=sum(share.anonymous + share.shared_memory for share in shares),
         )
 
     def _share(self, pid: int) -> _Share | None:
         kept = self._kept.get(pid)
         if kept is not None:
-            return kept[1]
+            return _freshened(self._root, pid, kept[1])
         began_s = time.thread_time()
         share = _read_share(self._root, pid)
         cost_s = time.thread_time() - began_s
@@ -178,7 +179,17 @@ def _read_share(root: Path, pid: int) -> _Share | None:
     except FileNotFoundError:
         return _ask_psutil(pid)  # it has ended, or the kernel is older than 4.14 or none
     anonymous = fields.get(b"Pss_Anon", fields[b"Anonymous"])  # before 5.4 not told by share
-    return _Share(pss=fields[b"Pss"], private=anonymous + fields.get(b"Pss_Shmem", 0))
+    return _Share(fields[b"Pss"], anonymous, fields.get(b"Pss_Shmem", 0))
+
+
+def _freshened(root: Path, pid: int, share: _Share) -> _Share | None:
+    """Return a figure of before with the anonymous memory of now; None if it has ended."""
+    try:
+        fields = _kib_fields((root / f"proc/{pid}/status").read_bytes())
+    except (ProcessLookupError, FileNotFoundError):
+        return None
+    anonymous = fields.get(b"RssAnon", share.anonymous)
+    return replace(share, pss=share.pss - share.anonymous + anonymous, anonymous=anonymous)
 
 
 def _ask_psutil(pid: int) -> _Share | None:
@@ -186,5 +197,5 @@ def _ask_psutil(pid: int) -> _Share | None:
         memory = psutil.Process(pid).memory_full_info()
     except psutil.NoSuchProcess:
         return None
-    private = memory.rss - memory.shared if hasattr(memory, "shared") else memory.uss
-    return _Share(pss=getattr(memory, "pss", memory.uss), private=private)
+    anonymous = memory.rss - memory.shared if hasattr(memory, "shared") else memory.uss
+    return _Share(getattr(memory, "pss", memory.uss), anonymous)
