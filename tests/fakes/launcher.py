@@ -28,6 +28,7 @@ from xandrouting.core.scheduler import Scheduler
 from xandrouting.engines.base import ModelFacts, Phase
 from xandrouting.launch.base import Survey
 from xandrouting.net.client import Client
+from xandrouting.pool.engine import EngineNews
 from xandrouting.pool.learning import Learning
 from xandrouting.pool.pool import EnginePool, Kind
 from xandrouting.pool.probe import Health
@@ -294,6 +295,7 @@ def make_pool(
     health: Health | None = None,
     load_stall_s: float = 30.0,
     learning: Learning | None = None,
+    on_news: Callable[[EngineNews], None] = lambda _: None,
 ) -> EnginePool:
     """A pool that has not begun; see `running` for one that has."""
     return EnginePool(
@@ -301,6 +303,7 @@ def make_pool(
         {Backend.LLAMACPP: Kind(adapter or FakeAdapter(), launcher)},
         node=launcher,
         learning=learning or Learning(Figures()),
+        on_news=on_news,
         load_stall_s=load_stall_s,
         health=health or FakeHealth(),
     )
@@ -314,6 +317,7 @@ async def running(
     health: Health | None = None,
     load_stall_s: float = 30.0,
     learning: Learning | None = None,
+    on_news: Callable[[EngineNews], None] = lambda _: None,
     **scheduling: Any,
 ) -> AsyncIterator[EnginePool]:
     """A pool at work. At its end nothing may be left: no ticket, no process, no task, no timer."""
@@ -325,6 +329,7 @@ async def running(
         health=health,
         load_stall_s=load_stall_s,
         learning=learning,
+        on_news=on_news,
     )
     # A ready engine is measured again and again, so the clock never stops for a deadlock.
     async with asyncio.timeout(FOREVER_S), pool:

@@ -28,8 +28,6 @@ def others_bytes(survey: Survey) -> Mapping[str, int]:
 def is_freed(use: MemoryUse, before: Mapping[str, int], now: Mapping[str, int]) -> bool:
     """Whether an engine's memory is free: `before` and `now` are others', with and without it."""
     return all(
-        device not in before
-        or device not in now
-        or now[device] <= before[device] + amount * MOST
+        device not in before or device not in now or now[device] <= before[device] + amount * MOST
         for device, amount in use.devices or ()
     )

@@ -38,6 +38,7 @@ from xandrouting.core.model import (
     Backend,
     EngineId,
     EngineSpec,
+    MemoryUse,
     ModelKey,
     StartFailure,
     Ticket,
@@ -143,6 +144,7 @@ class EnginePool:
         self._on_news = on_news
         self._on_survey = on_survey
         self._survey = Survey()
+        self._freeing: dict[EngineId, MemoryUse] = {}  # of engines gone, whose memory may not be
         self._survey_wanted = asyncio.Event()
         self._load_stall_s = load_stall_s
         self._health = health
@@ -505,7 +507,7 @@ class EnginePool:
                 if engine.ready is not None and not engine.stop_asked.is_set():
                     self._learning.see(engine.start, use, engine.load_seconds, engine.learned)
                     engine.learned = True
-        self._dispatch(Measured(survey.devices, survey.engines))
+        self._dispatch(Measured(survey.devices, self._freeing | dict(survey.engines)))
         for engine in self._engines.values():
             if engine.ready is None:
                 self._on_news(EngineNews(News.PROGRESS, engine))
@@ -518,15 +520,19 @@ class EnginePool:
         """
         before = others_bytes(self._survey)
         deadline = self._loop.time() + FREED_WAIT_S
-        while not self._closing:
+        self._freeing[engine.id] = engine.memory
+        try:
             survey = await self._node.survey()
-            self._take(survey)
-            if is_freed(engine.memory, before, others_bytes(survey)):
-                return
-            if self._loop.time() >= deadline:
-                log.warning("engine gone and its memory not free engine=%s", engine.id)
-                return
-            await asyncio.sleep(FREED_POLL_S)
+            while not is_freed(engine.memory, before, others_bytes(survey)):
+                if self._loop.time() >= deadline or self._closing:
+                    log.warning("engine gone and its memory not free engine=%s", engine.id)
+                    break
+                self._take(survey)
+                await asyncio.sleep(FREED_POLL_S)
+                survey = await self._node.survey()
+        finally:
+            del self._freeing[engine.id]
+        self._take(survey)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
