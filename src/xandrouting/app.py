@@ -232,7 +232,14 @@ class Gateway:
             for view, engine in self.pool.views()
         )
         pool = self.pool
-        return PoolGauges(engines, pool.queued, pool.loads, pool.load_failures, pool.evictions)
+        return PoolGauges(
+            engines,
+            pool.devices(),
+            pool.queued,
+            pool.loads,
+            pool.load_failures,
+            pool.evictions,
+        )
 
 
 def dispatcher(inference: InferenceApi, control: Asgi, gate: Gate) -> Asgi:

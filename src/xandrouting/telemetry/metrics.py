@@ -14,6 +14,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from xandrouting.core.ledger import DeviceState
 from xandrouting.telemetry.requests import BUCKETS_S, Histogram, RequestStats
 
 
@@ -31,9 +32,10 @@ class EngineGauge:
 
 @dataclass(frozen=True, slots=True)
 class PoolGauges:
-    """What the metrics tell of the engines."""
+    """What the metrics tell of the engines, and of each device: its line of the ledger."""
 
     engines: tuple[EngineGauge, ...]
+    devices: tuple[DeviceState, ...]
     queued: int
     loads: int
     load_failures: int
@@ -111,6 +113,23 @@ class _Counters(Collector):
             if engine.host_bytes is not None:
                 memory.add_metric(names, engine.host_bytes)
         yield from (active, memory, state)
+        yield from _device_metrics(pool.devices)
+
+
+def _device_metrics(devices: Iterable[DeviceState]) -> Iterable[Metric]:
+    taken = GaugeMetricFamily(
+        "xandrouting_device_memory_bytes",
+        "A device's memory: all of it, what engines may take, and who has or is promised what.",
+        labels=("device", "what"),
+    )
+    stale = GaugeMetricFamily(
+        "xandrouting_device_stale", "1 while a device cannot be read.", labels=("device",)
+    )
+    for device in devices:
+        for name in ("capacity", "budget", "others", "reserved", "used", "free"):
+            taken.add_metric((device.device, name), getattr(device, f"{name}_bytes"))
+        stale.add_metric((device.device,), device.stale)
+    yield from (taken, stale)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
