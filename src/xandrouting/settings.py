@@ -37,7 +37,9 @@ BARE_NAMES: Final = ("host", "port", "models_dir", "default_ttl", "cors_origins"
 
 Names = Annotated[tuple[str, ...], NoDecode]
 MemoryBudget = Annotated[
-    Budget, NoDecode, BeforeValidator(lambda v: Budget.parse(v) if isinstance(v, str) else v)
+    Budget,
+    NoDecode,
+    BeforeValidator(lambda v: v if isinstance(v, Budget) else Budget.parse(str(v))),
 ]
 Pairs = Annotated[dict[str, str], NoDecode]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.unit.scheduling import CARD, LLAMA, LLAMA_1, MISTRAL_1, QWEN_1, nth
+from tests.unit.scheduling import CARD, LLAMA, LLAMA_1, MISTRAL_1, QWEN, QWEN_1, nth
 from xandrouting.core.eviction import USES_HALVE_S, Candidate, choose, decayed
 from xandrouting.core.model import ENGINES, HOST, EngineId
 
@@ -161,6 +161,24 @@ def test_who_turns_out_not_to_be_needed_stays() -> None:
     ) == [LLAMA_1]
 
 
+def test_several_that_are_needed_stay_chosen_when_another_is_not() -> None:
+    assert leave(
+        {HOST: 10},
+        candidate(QWEN_1, {HOST: 1}, loss=0.01),
+        candidate(LLAMA_1, {HOST: 5}, loss=1.0),
+        candidate(MISTRAL_1, {HOST: 5}, loss=1.0),
+    ) == [LLAMA_1, MISTRAL_1]
+
+
+def test_what_it_frees_beyond_the_lack_counts_for_nothing() -> None:
+    assert leave(
+        {HOST: 4, CARD: 4},
+        candidate(QWEN_1, {HOST: 100}, loss=2.0),
+        candidate(LLAMA_1, {HOST: 4}, loss=1.5),
+        candidate(MISTRAL_1, {CARD: 4}, loss=1.0),
+    ) == [MISTRAL_1, LLAMA_1]
+
+
 def test_who_frees_nothing_of_what_is_left_is_not_taken() -> None:
     assert leave(
         {HOST: 4, CARD: 4},
@@ -177,10 +195,11 @@ def test_one_that_suffices_and_is_cheaper_leaves_instead_of_several() -> None:
         candidate(QWEN_1, {HOST: 9}, loss=1.0),
         candidate(LLAMA_1, {HOST: 9}, loss=1.1),
         candidate(MISTRAL_1, {HOST: 10}, loss=2.0),
+        candidate(nth(QWEN, 2), {HOST: 10}, loss=2.05),
     ) == [MISTRAL_1]
 
 
 def test_one_that_suffices_and_is_not_cheaper_stays() -> None:
     small = [candidate(nth(LLAMA, n), {HOST: 5}, loss=0.5) for n in (1, 2)]
-    large = candidate(MISTRAL_1, {HOST: 10}, loss=1.01)
+    large = candidate(MISTRAL_1, {HOST: 10}, loss=1.0)
     assert leave({HOST: 10}, *small, large) == [c.engine for c in small]

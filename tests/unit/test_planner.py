@@ -514,6 +514,9 @@ def test_a_shorter_model_length_is_offered() -> None:
 
     spec = replace(on_cards("vllm", 0), cost=ByLength())
     assert World(card=2).alternatives(asking(spec, max_model_len=8192)) == [("max_model_len", 2048)]
+    assert World(card=0.5).alternatives(asking(spec, max_model_len=1024)) == [
+        ("max_model_len", 512)
+    ]
     assert World(card=0.4).alternatives(asking(spec, max_model_len=8192)) == []
 
 
@@ -528,7 +531,7 @@ def test_fewer_layers_are_offered_where_they_were_asked_for() -> None:
 
 def test_who_asked_for_no_layers_is_not_offered_fewer() -> None:
     none = asking(LAYERED, n_gpu_layers=0, n_parallel=1)
-    assert World(host=8.4, card=0).alternatives(none) == [
+    assert World(host=8.4, card=10).alternatives(none) == [
         ("n_ctx", 512),
         ("cache_type", "q8_0"),
     ]

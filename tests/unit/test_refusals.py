@@ -97,6 +97,8 @@ def test_where_others_are_in_the_way_waiting_helps() -> None:
     error = refused(model("large", host_gib=9), reading(HOST, 16, 6))
     assert "9.00 GiB of main memory (it may have 6.00 GiB)" in error.message
     assert error.retry_after_s == refusals.ASK_AGAIN_S
+    just = refused(model("just", host_gib=8), reading(HOST, 16, 6), budgets={HOST: gib(8)})
+    assert just.retry_after_s == refusals.ASK_AGAIN_S
 
 
 def test_where_one_device_is_too_small_by_itself_waiting_helps_nothing() -> None:

@@ -281,9 +281,9 @@ def test_a_failure_of_what_was_loaded_with_fewer_slots_is_held_against_it_too() 
 
 def test_each_start_and_each_eviction_says_why() -> None:
     scheduler = of_ten()
-    idle(scheduler, FOUR, since=0.0)
-    idle(scheduler, THREE, since=0.0)
-    [stop] = scheduler.handle(Acquire(A, SIX), now=9.0)
+    idle(scheduler, FOUR, since=100.0)
+    idle(scheduler, THREE, since=100.0)
+    [stop] = scheduler.handle(Acquire(A, SIX), now=109.0)
     assert isinstance(stop, Stop)
     assert stop.decision is not None
     assert (stop.decision.verdict, stop.decision.model) == (Verdict.EVICT, SIX.key.model)
@@ -291,7 +291,7 @@ def test_each_start_and_each_eviction_says_why() -> None:
     assert (victim.engine, victim.frees[HOST], victim.idle_s) == (THREE_1, gib(3), 9.0)
     assert victim.uses == pytest.approx(0.5 ** (9 / 600))
     assert victim.score == pytest.approx(victim.reload_s * victim.uses / 10.0)
-    [begun] = scheduler.handle(EngineExited(THREE_1), now=10.0)
+    [begun] = scheduler.handle(EngineExited(THREE_1), now=110.0)
     assert isinstance(begun, Start)
     assert begun.decision is not None
     assert (begun.decision.verdict, begun.decision.model) == (Verdict.LOAD, SIX.key.model)
@@ -628,22 +628,6 @@ def test_who_asks_for_what_is_loading_already_waits_for_it_whatever_others_take(
     assert scheduler.handle(EngineReady(SIX_1), now=3.0) == [Grant(A, SIX_1), Grant(B, SIX_1)]
 
 
-def test_memory_that_an_engine_gives_back_late_is_not_somebody_else_s() -> None:
-    scheduler = of_ten()
-    busy(scheduler, A, CARD_SIX)
-    taken, freed = reading(CARD, 10, 4), reading(CARD, 10, 10)
-    use = MemoryUse(0, 0, ((CARD, gib(6)),))
-    scheduler.handle(Measured((taken,), {CARD_SIX_1: use}), now=0.0)
-    assert scheduler.handle(Acquire(B, CARD_FIVE), now=1.0) == []
-    assert scheduler.handle(Release(A), now=2.0) == [Stop(CARD_SIX_1, "evicted")]
-    # Its process is gone, and the driver takes its time.
-    assert scheduler.handle(Measured((taken,)), now=2.1) == []
-    assert scheduler.handle(Measured((freed,)), now=2.2) == []
-    assert scheduler.handle(EngineExited(CARD_SIX_1), now=2.2) == [
-        start(CARD_FIVE, placement=(CARD,))
-    ]
-
-
 def test_where_nobody_tells_whose_a_card_s_memory_is_engines_are_believed() -> None:
     scheduler = of_ten()
     idle(scheduler, CARD_FIVE, since=0.0)
@@ -714,13 +698,13 @@ def test_where_nobody_is_idle_it_is_told_at_once() -> None:
     ]
 
 
-def test_pinned_and_busy_ones_stay_for_a_second_try() -> None:
+def test_pinned_ones_and_upstreams_stay_for_a_second_try() -> None:
     scheduler = of_ten()
     idle(scheduler, THREE, since=0.0)
     idle(scheduler, ONE, since=0.0)
-    busy(scheduler, A, UPSTREAM)
+    idle(scheduler, UPSTREAM, since=0.0)
     scheduler.handle(Pin(THREE.key.model), now=0.0)
-    scheduler.handle(Acquire(B, FIVE), now=1.0)
+    scheduler.handle(Acquire(A, FIVE), now=1.0)
     assert scheduler.handle(EngineExited(FIVE_1, NO_MEMORY), now=2.0) == [
         Stop(nth(ONE, 1), "evicted")
     ]
@@ -877,6 +861,17 @@ def test_a_load_of_fewer_than_it_asks_for_is_not_its_own() -> None:
     assert scheduler.handle(Tick(), now=10.0) == [Refused(B, QueueTimeout)]
 
 
+def test_who_gives_up_is_told_how_long_it_waited() -> None:
+    scheduler = of_ten(fair_wait_s=100.0)
+    scheduler.handle(Acquire(A, SIX, deadline=12.0), now=5.0)
+    scheduler.handle(Acquire(B, FIVE, deadline=12.0), now=2.0)
+    loading, waiting = scheduler.handle(Tick(), now=12.0)
+    assert isinstance(loading, Refuse)
+    assert isinstance(waiting, Refuse)
+    assert "/models/six.gguf is still loading after 7 s." in loading.error.message
+    assert "No place for /models/five.gguf became free in 10 s." in waiting.error.message
+
+
 def test_two_deadlines_in_one_moment_refuse_once() -> None:
     scheduler = of_ten(fair_wait_s=100.0)
     busy(scheduler, A, SIX)
@@ -965,6 +960,17 @@ def test_a_pinned_model_is_no_victim_until_it_is_unpinned() -> None:
     scheduler.handle(EngineReady(FOUR_1), now=102.0)
     scheduler.handle(Pin(SIX.key.model, pinned=False), now=103.0)
     assert scheduler.handle(Acquire(B, FIVE), now=103.0) == [Stop(SIX_1, "evicted")]
+
+
+def test_the_head_need_not_wait_for_a_busy_one_when_another_is_unpinned() -> None:
+    scheduler = of_ten(fair_wait_s=100.0)
+    busy(scheduler, A, FIVE)
+    idle(scheduler, THREE, since=0.0)
+    scheduler.handle(Pin(THREE.key.model), now=0.0)
+    assert scheduler.handle(Acquire(B, FOUR), now=1.0) == []
+    assert scheduler.handle(Pin(THREE.key.model, pinned=False), now=2.0) == [
+        Stop(THREE_1, "evicted")
+    ]
 
 
 def test_a_pinned_model_is_not_drained_for_the_head() -> None:

@@ -37,7 +37,7 @@ class Budget:
         """
         match = _SIZE.fullmatch(text.strip())
         if match is None:
-            raise ValueError("write a size as 24GiB, or a share as 80%")
+            raise ValueError("write a size over 0 as 24GiB, or a share as 80%")
         number = float(match["number"])
         if match["unit"] is None:
             if not 0 < number <= 100:

@@ -43,6 +43,7 @@ class Engine:
     most: Counter[str] = field(default_factory=Counter)  # bytes it was ever measured to take
     settled: bool = False  # it has worked, so what was measured is all it takes
     retire: str | None = None  # why it shall leave as soon as those who wait for it were served
+    leaves_for: Decision | None = None  # whose place it makes when it has ended its leases
 
     @property
     def counts(self) -> bool:
@@ -51,11 +52,15 @@ class Engine:
 
     def serves(self, spec: EngineSpec) -> bool:
         """Whether a request may have a lease on it now."""
-        return (
-            self.state is EngineState.READY
-            and self.spec.revision == spec.revision  # else its file has been replaced
-            and covers(self.options, spec.wants)
-        )
+        return self.state is EngineState.READY and self._does_for(spec)
+
+    def will_serve(self, spec: EngineSpec) -> bool:
+        """Whether a request may have a lease on it once it is ready."""
+        return self.state is EngineState.STARTING and self._does_for(spec)
+
+    def _does_for(self, spec: EngineSpec) -> bool:
+        # Another revision: its file has been replaced.
+        return self.spec.revision == spec.revision and covers(self.options, spec.wants)
 
     def lend(self, ticket: Ticket, now: float) -> None:
         """Give it one more lease."""

@@ -56,17 +56,24 @@ class Ledger:
         if max_engines is not None:
             self._limits[ENGINES] = max_engines
 
-    def read(self, readings: Iterable[DeviceReading], ours: Amounts) -> None:
+    def read(
+        self,
+        readings: Iterable[DeviceReading],
+        ours: Amounts,
+        perhaps_ours: Amounts | None = None,
+    ) -> None:
         """Take in what the system tells of its devices.
 
         `ours` is what would be available again on each if all engines were gone: the rest of
-        what is taken is somebody else's.
+        what is taken is somebody else's. Of that, as much as `perhaps_ours` may be an engine's
+        that loads, where the system does not tell: others are taken for unchanged then.
         """
         for reading in readings:
             device = reading.device
-            taken = reading.capacity_bytes - reading.available_bytes - ours.get(device, 0)
+            most = reading.capacity_bytes - reading.available_bytes - ours.get(device, 0)
+            least = most - (perhaps_ours or {}).get(device, 0)
             self._readings[device] = reading
-            self._others[device] = max(0, taken)
+            self._others[device] = max(0, min(most, max(self._others.get(device, 0), least)))
             self._limits[device] = min(
                 self._budgets.get(device, reading.capacity_bytes),
                 reading.capacity_bytes - self._others[device],

@@ -25,7 +25,7 @@ from typing import Final, assert_never
 
 from xandrouting.core import planner, refusals
 from xandrouting.core.backoff import Backoffs
-from xandrouting.core.cover import covers, fill, union
+from xandrouting.core.cover import fill, union
 from xandrouting.core.engine import Engine, EngineView
 from xandrouting.core.engine_state import EngineEvent, EngineState, step
 from xandrouting.core.errors import GatewayError, InsufficientMemory
@@ -141,22 +141,30 @@ class Scheduler:
         engine = self._engines.get(spec.key)
         among = self._among(spec, now, arrived_at=now, replaced=engine)
         if engine is None:
-            wants, found = spec.wants, planner.plan(spec, spec.wants, among)
+            wants, found = _planned((spec.wants,), spec, among)
+        elif engine.serves(spec):
+            wants, found = spec.wants, Plan(Verdict.HIT, engine.options, engine.placement)
+        elif engine.will_serve(spec):
+            wants, found = spec.wants, Plan(Verdict.WAIT, engine.options, engine.placement)
         else:
-            wants = union(engine.wants, spec.wants)
-            found = self._plan_beside(engine, spec, wants, among)
+            wants, found = _planned((self._successor_of(engine, spec), spec.wants), spec, among)
+            if found.verdict is not Verdict.NEVER:
+                leaves = engine.state in (EngineState.DRAINING, EngineState.STOPPING)
+                verdict = Verdict.WAIT if leaves else Verdict.RELOAD
+                found = replace(found, verdict=verdict)
         return self._weigher.explained(spec, wants, found, among, self.devices())
 
-    def _plan_beside(
-        self, engine: Engine, spec: EngineSpec, wants: LoadOptions, among: Surroundings
-    ) -> Plan:
-        """Return the plan of a request whose model's engine is there."""
-        if engine.serves(spec):
-            return Plan(Verdict.HIT, engine.options, engine.placement)
-        if engine.state is EngineState.STARTING and covers(engine.options, spec.wants):
-            return Plan(Verdict.WAIT, engine.options, engine.placement)
-        found = planner.plan(spec, wants, among)
-        return found if found.verdict is Verdict.NEVER else replace(found, verdict=Verdict.RELOAD)
+    def _successor_of(self, engine: Engine, spec: EngineSpec) -> LoadOptions:
+        """Return what the next engine is asked for: one that is replaced hands on its wishes."""
+        leaves = engine.state in (EngineState.DRAINING, EngineState.STOPPING)
+        if leaves and engine.retire != "options":
+            return spec.wants
+        return union(engine.wants, spec.wants)
+
+    def fits(self, spec: EngineSpec, *, now: float) -> bool:
+        """Whether a request for `spec` would be served at all, if not at once."""
+        among = self._among(spec, now, arrived_at=now, replaced=self._engines.get(spec.key))
+        return planner.fits_at_all(spec, spec.wants, among)
 
     def fit_together(self, specs: Iterable[EngineSpec]) -> Together:
         """Return whether engines of all these models could be there at once."""
@@ -262,7 +270,7 @@ class Scheduler:
         if engine.state is EngineState.READY:
             engine.idle_since = now
         elif engine.state is EngineState.DRAINING:
-            self._stop(engine, engine.retire or "unload", effects)
+            self._stop(engine, engine.retire or "unload", effects, decision=engine.leaves_for)
         if self._queue:
             self._advance(now, effects)
 
@@ -274,7 +282,7 @@ class Scheduler:
         if engine.state is not EngineState.READY:
             return
         engine.idle_since = engine.ready_at = now
-        self._backoffs.clear(engine_id.key, engine.options)
+        self._backoffs.clear(engine_id.key, fill(engine.wants, engine.spec.defaults))
         line = self._queue.line(engine_id.key)
         for waiter in [] if line is None else list(line.waiters.values()):
             if engine.serves(waiter.spec):
@@ -309,7 +317,7 @@ class Scheduler:
         if isinstance(failure, InsufficientMemory) and line is not None and not line.tried_again:
             # It took more than was known. Once more, with everybody gone who may leave.
             taken = {r for r, n in engine.footprint.demands(engine.placement) if n and r != ENGINES}
-            idle = [e for e in self._idle() if taken & self._ledger.charge_of(e.id).keys()]
+            idle = [e for e in self._idle() if any(map(self._ledger.charge_of(e.id).get, taken))]
             if idle:
                 line.tried_again = True
                 line.after = {e.id for e in idle}
@@ -317,7 +325,9 @@ class Scheduler:
                     self._stop(victim, "evicted", effects, decision=engine.decision)
                 return
         error = failure or refusals.start_failed(key)
-        self._backoffs.note(key, engine.options, engine.spec.revision, error, now)
+        # Held against what was asked for, though slots or layers were given up meanwhile.
+        asked = fill(engine.wants, engine.spec.defaults)
+        self._backoffs.note(key, asked, engine.spec.revision, error, now)
         self._refuse_line(key, error, effects)
 
     def _unload(self, event: Unload, now: float, effects: list[Effect]) -> None:
@@ -348,7 +358,7 @@ class Scheduler:
         for waiter, of_queue in list(self._queue.due(now)):
             key = waiter.spec.key
             engine = self._engines.get(key)
-            loading = engine is not None and engine.state is EngineState.STARTING
+            loading = engine is not None and engine.will_serve(waiter.spec)
             if not (of_queue and loading) and self._queue.find(waiter.ticket) is not None:
                 say = refusals.still_loading if loading else refusals.no_room
                 self._refuse(waiter.ticket, say(key, now - waiter.arrived_at), effects)
@@ -380,9 +390,9 @@ class Scheduler:
             return failed
         if self._max_queue is not None and len(self._queue) >= self._max_queue:
             return refusals.queue_full(spec.key, self._max_queue)
-        among = self._among(spec, now, arrived_at=now, replaced=engine)
-        if planner.fits_at_all(spec, spec.wants, among):
+        if (engine is not None and engine.will_serve(spec)) or self.fits(spec, now=now):
             return None
+        among = self._among(spec, now, arrived_at=now, replaced=engine)
         never = Plan(Verdict.NEVER, fill(spec.wants, spec.defaults), spec.placements[0])
         return self._too_large(spec, spec.wants, never, among)
 
@@ -394,9 +404,14 @@ class Scheduler:
 
     def _advance(self, now: float, effects: list[Effect]) -> None:
         """Start what there is room for, in the order of arrival."""
+        while not self._advanced(now, effects):
+            pass  # somebody was refused: who is first may be another now
+
+    def _advanced(self, now: float, effects: list[Effect]) -> bool:
+        """Go through the lines once; False: one lost its first, so look again from the start."""
         self._look_again_at = None
         if not self._queue:
-            return
+            return True
         blocked = False
         promised: set[ModelKey] = set()  # whose successors have their predecessors' room
         for line in self._queue.lines():
@@ -404,71 +419,68 @@ class Scheduler:
             engine = self._engines.get(spec.key)
             if blocked and spec.key.is_local:
                 continue  # an upstream takes no room, so it need not wait for those who do
-            if engine is None:
-                blocked = not self._try_start(line, promised, now, effects) or blocked
-            elif engine.state is EngineState.READY:  # it does not cover what is asked
-                self._drain(engine, "options", effects)
+            if engine is not None and engine.state is not EngineState.READY:
                 promised.add(spec.key)
-            else:
-                promised.add(spec.key)
-
-    def _try_start(
-        self, line: Line, promised: set[ModelKey], now: float, effects: list[Effect]
-    ) -> bool:
-        """Start the line's engine, or ask others to leave for it; False: the line must wait."""
-        if line.after:
-            return False
-        first = line.first
-        spec = first.spec
-        among = self._among(spec, now, arrived_at=first.arrived_at, promised=promised)
-        wants, found = self._plan_for(line, among)
-        match found.verdict:
-            case Verdict.LOAD | Verdict.EVICT:
-                devices = self.devices()
-                decision = self._weigher.explained(spec, wants, found, among, devices)
-                for victim in found.victims:
-                    engine = self._engines[victim.engine.key]
-                    self._stop(engine, "evicted", effects, decision=decision)
-                if found.victims:
-                    return False
-                self._start(spec, wants, decision, effects)
-            case Verdict.NEVER:
+                continue
+            if line.after:  # it ran out of memory, and those it waits for are not gone yet
+                blocked = True
+                continue
+            arrived_at = line.first.arrived_at
+            among = self._among(
+                spec, now, arrived_at=arrived_at, promised=promised, replaced=engine
+            )
+            wants, found = self._plan_for(line, engine, among)
+            if found.verdict is Verdict.NEVER:
                 # It fitted when it came; other programs have taken the memory since.
                 error = self._too_large(spec, wants, found, among)
-                self._refuse_line(spec.key, error, effects)
-            case _:
-                amounts = self._weigher.amounts(spec, found.options, found.placement)
-                self._make_fair(first, amounts, among, promised, now, effects)
+                self._refuse(line.first.ticket, error, effects)
                 return False
+            if engine is not None:  # it does not cover what is asked
+                self._drain(engine, "options", effects)
+                promised.add(spec.key)
+            elif found.verdict is Verdict.WAIT:
+                self._make_fair(line.first, wants, found, among, promised, now, effects)
+                blocked = True
+            else:
+                decision = self._weigher.explained(spec, wants, found, among, self.devices())
+                for victim in found.victims:
+                    leaving = self._engines[victim.engine.key]
+                    self._stop(leaving, "evicted", effects, decision=decision)
+                if found.victims:
+                    blocked = True
+                else:
+                    self._start(spec, wants, decision, effects)
         return True
 
-    def _plan_for(self, line: Line, among: Surroundings) -> tuple[LoadOptions, Plan]:
-        """Return what the line's engine shall serve, and how it can be had.
+    def _plan_for(
+        self, line: Line, engine: Engine | None, among: Surroundings
+    ) -> tuple[LoadOptions, Plan]:
+        """Return what the line's next engine shall serve, and how it can be had.
 
         Everybody's wishes united where that fits, else those of the first alone.
         """
         first = line.first.spec
         legacy = self._legacies.get(first.key)
         wants = LoadOptions() if legacy is None else legacy.wants
+        if engine is not None:
+            wants = engine.wants
         # From the last to the first, so that the first one's wish wins a contradiction.
         for waiter in reversed(line.waiters.values()):
             wants = union(wants, waiter.spec.wants)
-        found = planner.plan(first, wants, among)
-        if found.verdict is Verdict.NEVER and wants != first.wants:
-            wants = first.wants
-            found = planner.plan(first, wants, among)
-        return wants, found
+        return _planned((wants, first.wants), first, among)
 
     def _make_fair(
         self,
         first: Waiter,
-        amounts: Amounts,
+        wants: LoadOptions,
+        found: Plan,
         among: Surroundings,
         promised: set[ModelKey],
         now: float,
         effects: list[Effect],
     ) -> None:
         """See to it that who waits for engines in use does not wait for ever."""
+        amounts = self._weigher.amounts(first.spec, found.options, found.placement)
         leaving = Counter(among.leaving)
         for candidate in among.candidates:
             leaving.update(candidate.frees)
@@ -477,22 +489,44 @@ class Scheduler:
             for engine in self._idle()
             if (leaves_at := self._leaves_at(engine, first.arrived_at)) > now
         }
-        times = list(lingering.values())
         leaving += self._weigher.charges(
             engine
             for engine in self._engines.values()
             if engine.id in lingering
             or (engine.state is EngineState.DRAINING and engine.id.key not in promised)
         )
+        times = list(lingering.values())
+        draining = []
+        for engine in self._fewest_that_help(amounts, leaving):
+            times.append(self._drains_at(engine, first))
+            if times[-1] <= now:
+                draining.append(engine)
+        if draining:
+            devices = self.devices()
+            decision = self._weigher.explained(first.spec, wants, found, among, devices)
+            for engine in draining:
+                engine.leaves_for = decision
+                self._drain(engine, "evicted", effects)
+        self._look_again_at = min((at for at in times if at > now), default=None)
+
+    def _fewest_that_help(self, amounts: Amounts, leaving: Amounts) -> list[Engine]:
+        """Return the busy engines that have to go too, those with the fewest leases first."""
+        chosen: list[Engine] = []
         for engine in sorted(self._busy(), key=lambda e: (len(e.leases), e.granted_at)):
-            lacking = self._ledger.lacks(amounts, freed=leaving)
+            lacking = self._ledger.lacks(amounts, freed=self._with(leaving, chosen))
             charge = self._ledger.charge_of(engine.id)
             if any(charge.get(resource) for resource in lacking):
-                leaving.update(charge)
-                times.append(self._drains_at(engine, first))
-                if times[-1] <= now:
-                    self._drain(engine, "evicted", effects)
-        self._look_again_at = min((at for at in times if at > now), default=None)
+                chosen.append(engine)
+        for engine in list(chosen):
+            others = [other for other in chosen if other is not engine]
+            if not self._ledger.lacks(amounts, freed=self._with(leaving, others)):
+                chosen = others
+        return chosen
+
+    def _with(self, leaving: Amounts, engines: Iterable[Engine]) -> Amounts:
+        together = self._weigher.charges(engines)
+        together.update(leaving)
+        return together
 
     def _drains_at(self, engine: Engine, first: Waiter) -> float:
         """From when on a busy engine takes no new leases, for the first in the queue."""
@@ -541,12 +575,11 @@ class Scheduler:
         """
         leaving, staying, candidates = [], [], []
         for engine in self._engines.values():
-            if engine is replaced:
-                leaving.append(engine)
-            elif engine.id.key in promised:
+            if engine is replaced or engine.state is EngineState.STOPPING:
+                if engine.id.key not in promised:
+                    leaving.append(engine)
+            elif engine.state is EngineState.DRAINING:
                 continue
-            elif engine.state is EngineState.STOPPING:
-                leaving.append(engine)
             elif engine.id.key.model in self._pinned:
                 staying.append(engine)
             elif (
@@ -643,3 +676,15 @@ class Scheduler:
 
     def _idle_deadline(self, engine: Engine) -> float | None:
         return None if engine.id.key.model in self._pinned else engine.idle_deadline()
+
+
+def _planned(
+    wishes: Iterable[LoadOptions], spec: EngineSpec, among: Surroundings
+) -> tuple[LoadOptions, Plan]:
+    """Return the first of the wishes that can be met, and how; else the last, and why not."""
+    *others, last = dict.fromkeys(wishes)
+    for wants in others:
+        found = planner.plan(spec, wants, among)
+        if found.verdict is not Verdict.NEVER:
+            return wants, found
+    return last, planner.plan(spec, last, among)

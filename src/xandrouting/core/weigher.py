@@ -145,22 +145,18 @@ class Weigher:
             charge = None if engine is None else engine.charge_for(use)
             if charge is not None:
                 self.ledger.charge(engine_id, charge)
-        self.ledger.read(devices, self._ours(uses, engines))
-
-    def _ours(
-        self, uses: Mapping[EngineId, MemoryUse], engines: Mapping[EngineId, Engine]
-    ) -> Amounts:
-        """Return what would be available again on each device if every engine were gone."""
         ours: Counter[str] = Counter()
+        perhaps: Counter[str] = Counter()
         for engine_id, use in uses.items():
             ours[HOST] += use.private_bytes or 0
             ours.update(dict(use.devices or ()))
             engine = engines.get(engine_id)
-            if use.devices is None and engine is not None and engine.ready_at is not None:
+            if use.devices is None and engine is not None:
                 # The system does not tell whose the memory of its accelerators is.
                 charge = self.ledger.charge_of(engine_id)
-                ours.update({device: charge.get(device, 0) for device in engine.placement})
-        return ours
+                untold = {device: charge.get(device, 0) for device in engine.placement}
+                (perhaps if engine.ready_at is None else ours).update(untold)
+        self.ledger.read(devices, ours, perhaps)
 
     def _expected_s(self, spec: EngineSpec, footprint: Footprint) -> float:
         learned_s = self._figures.load_s(spec.learned_as, spec.key.device)

@@ -67,8 +67,15 @@ class Loads:
         return lists.loaded_item(*found, now=asyncio.get_running_loop().time())
 
     async def start(self, wanted: LoadRequest) -> Job:
-        """Begin a load that goes on by itself, for as long as it takes."""
+        """Begin a load that goes on by itself, for as long as it takes.
+
+        Raises:
+            GatewayError: no such model, or it can be known already that it will not load.
+        """
         claim = await self.begin(wanted, wait_s=None)
+        if claim.error is not None:
+            claim.release()
+            raise claim.error
         job = Job(f"load_{secrets.token_hex(8)}", claim, wanted.model)
         self._jobs[job.id] = job
         while len(self._jobs) > KEPT_JOBS:
@@ -76,7 +83,7 @@ class Loads:
             if oldest is None:
                 break
             del self._jobs[oldest.id]
-        if claim.engine is not None or claim.error is not None:
+        if claim.engine is not None:
             await self._see_through(job)
         else:
             job.task = asyncio.create_task(self._see_through(job))

@@ -8,7 +8,6 @@ from fastapi import FastAPI
 
 from xandrouting.core.engine_state import EngineState
 from xandrouting.core.errors import BackendUnavailable
-from xandrouting.core.planner import Verdict
 from xandrouting.http import lists
 from xandrouting.http.schemas import InventoryList, LoadedList, ModelItem, ModelList, Stats
 from xandrouting.http.services import Services
@@ -72,7 +71,7 @@ def _fits(services: Services, file: ModelFile) -> bool | None:
         route = services.catalog.route(Routing(model=file.id))
     except BackendUnavailable:
         return False
-    return services.pool.plan(route.spec).verdict is not Verdict.NEVER
+    return services.pool.fits(route.spec)
 
 
 def _stats(services: Services) -> Stats:

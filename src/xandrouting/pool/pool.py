@@ -237,6 +237,10 @@ class EnginePool:
         for gone in waiting:
             await gone.wait()
 
+    def fits(self, spec: EngineSpec) -> bool:
+        """Whether a request for `spec` would be served at all, if not at once."""
+        return self._scheduler.fits(spec, now=self._loop.time())
+
     def pin(self, model: str, *, pinned: bool) -> None:
         """Let a model be neither a victim nor unloaded by time, or take that back."""
         self._dispatch(Pin(model, pinned))
