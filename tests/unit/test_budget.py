@@ -34,11 +34,11 @@ def test_a_share(text: str, share: float) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "write a size as 24GiB, or a share as 80%"),
-        ("all", "write a size as 24GiB, or a share as 80%"),
-        ("-4GiB", "write a size as 24GiB, or a share as 80%"),
-        ("4 PiB", "write a size as 24GiB, or a share as 80%"),
-        ("1e9", "write a size as 24GiB, or a share as 80%"),
+        ("", "as 24GiB, or a share as 80%"),
+        ("all", "as 24GiB, or a share as 80%"),
+        ("-4GiB", "as 24GiB, or a share as 80%"),
+        ("4 PiB", "as 24GiB, or a share as 80%"),
+        ("1e9", "as 24GiB, or a share as 80%"),
         ("0", "a budget is over 0"),
         ("0.5", "a budget is over 0"),
         ("0%", "a share is over 0% and at most 100%"),

@@ -86,8 +86,9 @@ class World:
     def reasons(self, spec: EngineSpec) -> list[str]:
         return list(planner.reasons(spec, spec.wants, self.plan(spec), self.ledger))
 
-    def lacking(self, spec: EngineSpec) -> dict[str, int]:
-        return planner.lacking(spec, spec.wants, self.among(spec))
+    def lacking(self, spec: EngineSpec) -> Mapping[str, int]:
+        among = self.among(spec)
+        return planner.lacking(planner.never(spec, spec.wants, among), among)
 
     def alternatives(self, spec: EngineSpec) -> list[tuple[str, object]]:
         """Return each change and what the option would be."""
@@ -251,7 +252,7 @@ def test_an_odd_number_of_slots_is_halved_too() -> None:
 
 
 def test_a_context_is_never_given_up() -> None:
-    assert said(World(host=4.9).plan(SLOTTED)) == planned(Verdict.NEVER, SLOTTED)
+    assert said(World(host=4.9).plan(SLOTTED)) == planned(Verdict.NEVER, SLOTTED, n_parallel=1)
 
 
 def test_the_wishes_of_all_count_and_not_only_the_spec_s_own() -> None:
@@ -287,7 +288,7 @@ def test_main_memory_must_hold_the_other_layers() -> None:
     # 3 on the card is two layers; the other six take 6.375.
     assert World(host=6.375, card=3).plan(LAYERED).options.n_gpu_layers == 2
     assert said(World(host=6.37, card=3).plan(LAYERED)) == planned(
-        Verdict.NEVER, LAYERED, placement=(CARD,)
+        Verdict.NEVER, LAYERED, placement=(CARD,), n_parallel=1, n_gpu_layers=0
     )
 
 
@@ -319,7 +320,7 @@ def test_layers_that_were_asked_for_are_not_given_up(layers: int) -> None:
     needed = 8.5 * (8 if layers < 0 else layers) / 8
     loaded = planned(Verdict.LOAD, asked, placement=(CARD,), n_parallel=1)
     assert said(World(host=100, card=needed).plan(asked)) == loaded
-    refused = planned(Verdict.NEVER, asked, placement=(CARD,))
+    refused = planned(Verdict.NEVER, asked, placement=(CARD,), n_parallel=1)
     assert said(World(host=100, card=needed - 0.01).plan(asked)) == refused
 
 
@@ -461,6 +462,18 @@ def test_what_lacks_is_told_of_the_place_where_it_lacks_least() -> None:
     assert World(host=4, card=6, card_1=8).lacking(spec) == {HOST: gib(1)}
     assert World(host=5, card=4, card_1=11).lacking(spec) == {CARD_1: gib(1)}
     assert World(host=5, card=4, card_1=5).lacking(spec) == {CARD: gib(2), CARD_1: gib(1)}
+
+
+def test_what_lacks_is_told_of_the_layers_with_which_it_lacks_least() -> None:
+    # With one slot it takes 8.5, all on the card or all in main memory.
+    one_slot = asking(LAYERED, n_parallel=1)
+    assert World(host=8, card=1).lacking(one_slot) == {HOST: gib(0.5)}
+    assert said(World(host=8, card=0).plan(one_slot)) == planned(
+        Verdict.NEVER, one_slot, placement=(CARD,), n_gpu_layers=0
+    )
+    # Who asked for all of them is told of no others.
+    all_layers = asking(LAYERED, n_gpu_layers=-1)
+    assert World(host=8, card=1).lacking(all_layers) == {CARD: gib(7.5)}
 
 
 def test_those_that_stay_are_in_the_way() -> None:

@@ -448,7 +448,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 case Refuse():
                     spec = self.waiting.pop(effect.ticket)  # no Grant and no Refuse before
                     self.refused.add(effect.ticket)
-                    if isinstance(event, Acquire) and isinstance(effect.error, InsufficientMemory):
+                    mine = isinstance(event, Acquire) and event.ticket == effect.ticket
+                    if mine and isinstance(effect.error, InsufficientMemory):
                         assert len(effects) == 1, "somebody leaves for what cannot fit"
                         fixed = isinstance(spec.cost, FixedCost)
                         told = effect.error.message != RAN_OUT  # not of an earlier start

@@ -343,6 +343,17 @@ def test_only_as_many_busy_engines_are_drained_as_the_head_needs() -> None:
     assert states(scheduler) == ["ready", "draining"]
 
 
+def test_nobody_busy_is_drained_while_a_load_holds_what_the_head_needs() -> None:
+    scheduler = of_ten(fair_wait_s=5.0)
+    busy(scheduler, A, ONE)
+    scheduler.handle(Acquire(B, EIGHT), now=0.0)
+    assert scheduler.handle(Acquire(C, FIVE), now=0.0) == []
+    scheduler.handle(Tick(), now=5.0)
+    assert states(scheduler) == ["ready", "starting"]
+    assert scheduler.handle(EngineReady(EIGHT_1), now=6.0) == [Grant(B, EIGHT_1)]
+    assert states(scheduler) == ["ready", "draining"]
+
+
 def test_a_busy_engine_on_another_device_is_not_drained() -> None:
     scheduler = of_ten(fair_wait_s=5.0)
     busy(scheduler, A, CARD_SIX)
@@ -410,6 +421,7 @@ def test_options_may_grow_into_the_room_of_the_engine_they_replace() -> None:
 
 def test_where_a_pinned_model_is_in_the_way_asking_again_may_help() -> None:
     scheduler = of_ten()
+    scheduler.handle(host(10), now=0.0)
     scheduler.handle(Pin(SIX.key.model), now=0.0)
     idle(scheduler, SIX, since=0.0)
     assert scheduler.handle(Acquire(A, FIVE), now=1.0) == [
@@ -996,6 +1008,7 @@ def test_an_engine_that_drains_already_leaves_though_it_is_pinned() -> None:
 
 def test_who_waits_for_what_is_pinned_meanwhile_is_told_so() -> None:
     scheduler = of_ten(fair_wait_s=100.0)
+    scheduler.handle(host(10), now=0.0)
     busy(scheduler, A, SIX)
     scheduler.handle(Acquire(B, FIVE), now=0.0)
     scheduler.handle(Pin(SIX.key.model), now=1.0)
@@ -1130,7 +1143,7 @@ def test_a_plan_of_what_runs_is_a_hit() -> None:
         replace(SLOTTED.defaults, n_ctx=2048, n_parallel=2),
     )
     assert decision.reasons == ("n_parallel 2 instead of 4: engines may take 10.00 GiB on host",)
-    assert decision.alternatives == ()
+    assert decision.victims == decision.alternatives == ()
 
 
 def test_a_plan_of_what_fits_is_a_load() -> None:
@@ -1212,7 +1225,24 @@ def test_a_plan_of_what_is_leaving_is_what_the_next_one_will_be() -> None:
     decision = scheduler.plan(SLOTTED, now=1.0)
     scheduler.handle(Acquire(A, SLOTTED), now=1.0)
     assert scheduler.handle(EngineExited(SLOTTED_1), now=2.0) == [start(SLOTTED, 2)]
-    assert decision.options == SLOTTED.defaults
+    assert (decision.verdict, decision.options) == (Verdict.WAIT, SLOTTED.defaults)
+
+
+def test_a_plan_of_options_that_can_never_fit_is_never_though_the_model_runs() -> None:
+    scheduler = of_ten()
+    idle(scheduler, SLOTTED, since=0.0)
+    assert verdict(scheduler, asking(SLOTTED, n_ctx=8192), now=1.0) == (Verdict.NEVER, [])
+
+
+def test_what_another_client_asked_for_was_not_given_up() -> None:
+    layered = growing("layered", GrowingCost(4, 0.25, layers=8), ((CARD,),))
+    scheduler = of_ten()
+    scheduler.handle(Acquire(A, asking(layered, n_gpu_layers=3, n_parallel=8)), now=0.0)
+    decision = scheduler.plan(layered, now=1.0)
+    assert (decision.verdict, decision.reasons) == (Verdict.WAIT, ())
+    scheduler.handle(EngineReady(nth(layered, 1)), now=2.0)
+    decision = scheduler.plan(layered, now=3.0)
+    assert (decision.verdict, decision.reasons) == (Verdict.HIT, ())
 
 
 SCRIPT: list[tuple[Event, float]] = [

@@ -73,7 +73,9 @@ class Ledger:
             most = reading.capacity_bytes - reading.available_bytes - ours.get(device, 0)
             least = most - (perhaps_ours or {}).get(device, 0)
             self._readings[device] = reading
-            self._others[device] = max(0, min(most, max(self._others.get(device, 0), least)))
+            before = self._others.get(device)
+            if before is None or not reading.stale:  # else it is as old as what we have
+                self._others[device] = max(0, min(most, max(before or 0, least)))
             self._limits[device] = min(
                 self._budgets.get(device, reading.capacity_bytes),
                 reading.capacity_bytes - self._others[device],
@@ -123,6 +125,16 @@ class Ledger:
     def limit(self, resource: str) -> int | None:
         """Return what engines may take together; None: there is no limit."""
         return self._limits.get(resource)
+
+    def is_over_budget(self, wanted: Amounts) -> bool:
+        """Whether `wanted` is too much though nobody else took anything."""
+        return any(
+            resource in self._budgets and amount > self._budgets[resource]
+            for resource, amount in wanted.items()
+        ) or any(
+            resource in self._readings and amount > self._readings[resource].capacity_bytes
+            for resource, amount in wanted.items()
+        )
 
     def states(self, starting: Iterable[EngineId] = ()) -> tuple[DeviceState, ...]:
         """Return each device's line, main memory first; `starting` are not measured yet."""

@@ -88,7 +88,8 @@ class Decision:
 
     `expected_s` is the load itself, without any wait; `learned` tells whether it and the
     bytes come from an earlier load or are estimates. `lacking` is empty unless the verdict
-    is `never`: by how much it is too large, by resource.
+    is `never`: by how much it is too large, by resource; `over_budget` then tells whether it
+    would be though nobody else took anything.
     """
 
     verdict: Verdict
@@ -102,6 +103,7 @@ class Decision:
     victims: tuple[Victim, ...] = ()
     reasons: tuple[str, ...] = ()
     lacking: tuple[tuple[str, int], ...] = ()
+    over_budget: bool = False
     alternatives: tuple[Alternative, ...] = ()
 
 
@@ -151,8 +153,7 @@ def plan(spec: EngineSpec, wants: LoadOptions, among: Surroundings) -> Plan:
     # Nothing can go now that would help. With everybody gone who may, it may fit yet.
     best = _best_case(spec, wants, among)
     if best is None:
-        full = fill(wants, spec.defaults)
-        return Plan(Verdict.NEVER, full, spec.placements[0])
+        return never(spec, wants, among)
     found = _with(spec, best.options, among)
     return Plan(Verdict.WAIT, best.options, best.placement) if found is None else found
 
@@ -182,14 +183,21 @@ def expected_load_s(footprint: Footprint, learned_s: float | None) -> float:
     return GUESSED_START_S + weights / GUESSED_BYTES_PER_S
 
 
-def lacking(spec: EngineSpec, wants: LoadOptions, among: Surroundings) -> dict[str, int]:
-    """Return by how much the smallest form of `wants` is too large, where it lacks least."""
-    options = list(_fewer_slots(spec, wants))[-1]
-    lacks = [
-        among.ledger.lacks_alone(attempt.amounts, beside=among.staying)
-        for attempt in _tries(spec, options, among)
-    ]
-    return min(lacks, key=lambda each: sum(each.values()))
+def never(spec: EngineSpec, wants: LoadOptions, among: Surroundings) -> Plan:
+    """Return the smallest form of what does not fit, where it lacks least."""
+    smallest = list(_fewer_slots(spec, wants))[-1]
+    forms = [smallest]
+    if wants.n_gpu_layers is None and spec.cost.layers:
+        forms.append(replace(smallest, n_gpu_layers=0))
+    tries = [attempt for options in forms for attempt in _tries(spec, options, among)]
+    closest = min(tries, key=lambda attempt: sum(_lacks_alone(attempt, among).values()))
+    return Plan(Verdict.NEVER, closest.options, closest.placement)
+
+
+def lacking(found: Plan, among: Surroundings) -> dict[str, int]:
+    """Return by how much a plan's engine is too large though all are gone who may leave."""
+    amounts = dict(among.footprint_of(found.options, found.placement).demands(found.placement))
+    return among.ledger.lacks_alone(amounts, beside=among.staying)
 
 
 def reasons(spec: EngineSpec, wants: LoadOptions, found: Plan, ledger: Ledger) -> Iterator[str]:
@@ -322,10 +330,14 @@ def _best_case(spec: EngineSpec, wants: LoadOptions, among: Surroundings) -> _Tr
     return max(partly, key=lambda attempt: attempt.options.n_gpu_layers or 0, default=None)
 
 
+def _lacks_alone(attempt: _Try, among: Surroundings) -> Amounts:
+    return among.ledger.lacks_alone(attempt.amounts, beside=among.staying)
+
+
 def _alone(spec: EngineSpec, options: LoadOptions, among: Surroundings) -> _Try | None:
     """Return where just these options fit when all are gone who may leave."""
     for attempt in _tries(spec, options, among):
-        if not among.ledger.lacks_alone(attempt.amounts, beside=among.staying):
+        if not _lacks_alone(attempt, among):
             return attempt
     return None
 
@@ -341,7 +353,7 @@ def _most_layers(
         return _Try(fewer, placement, amounts)
 
     def lacks(layers: int) -> Amounts:
-        return among.ledger.lacks_alone(attempt(layers).amounts, beside=among.staying)
+        return _lacks_alone(attempt(layers), among)
 
     layers = (
         bisect_left(range(spec.cost.layers), True, key=lambda k: bool(lacks(k).keys() - {HOST})) - 1

@@ -64,7 +64,6 @@ def too_large(decision: Decision) -> GatewayError:
     Waiting helps only where other programs, or models that are pinned, hold what it lacks.
     """
     needed = dict(decision.footprint.demands(decision.placement))
-    lines = {device.device: device for device in decision.devices}
     lacking = dict(decision.lacking)
     too_much = [
         f"{needed[resource] / 2**30:.2f} GiB of {_named(resource)} (it may have "
@@ -72,7 +71,6 @@ def too_large(decision: Decision) -> GatewayError:
         for resource, lack in lacking.items()
         if resource != ENGINES
     ]
-    budget = [r for r in lacking if r in lines and needed[r] > lines[r].budget_bytes]
     fitting = [_offer(alternative) for alternative in decision.alternatives]
     return InsufficientMemory(
         f"{decision.model} does not fit: it needs {' and '.join(too_much) or 'a place'}. "
@@ -93,7 +91,7 @@ def too_large(decision: Decision) -> GatewayError:
             ],
             "alternatives": [described(alternative) for alternative in decision.alternatives],
         },
-        retry_after_s=None if budget else ASK_AGAIN_S,
+        retry_after_s=None if decision.over_budget else ASK_AGAIN_S,
     )
 
 

@@ -143,9 +143,9 @@ class Scheduler:
         if engine is None:
             wants, found = _planned((spec.wants,), spec, among)
         elif engine.serves(spec):
-            wants, found = spec.wants, Plan(Verdict.HIT, engine.options, engine.placement)
+            wants, found = engine.wants, Plan(Verdict.HIT, engine.options, engine.placement)
         elif engine.will_serve(spec):
-            wants, found = spec.wants, Plan(Verdict.WAIT, engine.options, engine.placement)
+            wants, found = engine.wants, Plan(Verdict.WAIT, engine.options, engine.placement)
         else:
             wants, found = _planned((self._successor_of(engine, spec), spec.wants), spec, among)
             if found.verdict is not Verdict.NEVER:
@@ -347,7 +347,7 @@ class Scheduler:
             self._pinned.add(event.model)
         else:
             self._pinned.discard(event.model)
-            self._advance(now, effects)
+        self._advance(now, effects)
 
     def _measured(self, event: Measured, now: float, effects: list[Effect]) -> None:
         engines = {engine.id: engine for engine in self._engines.values()}
@@ -393,8 +393,7 @@ class Scheduler:
         if (engine is not None and engine.will_serve(spec)) or self.fits(spec, now=now):
             return None
         among = self._among(spec, now, arrived_at=now, replaced=engine)
-        never = Plan(Verdict.NEVER, fill(spec.wants, spec.defaults), spec.placements[0])
-        return self._too_large(spec, spec.wants, never, among)
+        return self._too_large(spec, spec.wants, planner.never(spec, spec.wants, among), among)
 
     def _too_large(
         self, spec: EngineSpec, wants: LoadOptions, never: Plan, among: Surroundings
@@ -517,6 +516,8 @@ class Scheduler:
             charge = self._ledger.charge_of(engine.id)
             if any(charge.get(resource) for resource in lacking):
                 chosen.append(engine)
+        if self._ledger.lacks(amounts, freed=self._with(leaving, chosen)):
+            return []  # one that loads has it: nobody need go before that one can
         for engine in list(chosen):
             others = [other for other in chosen if other is not engine]
             if not self._ledger.lacks(amounts, freed=self._with(leaving, others)):

@@ -118,6 +118,7 @@ class Weigher:
         fits = found.verdict is not Verdict.NEVER
         short = found.verdict in (Verdict.NEVER, Verdict.WAIT)
         given_up = planner.reasons(spec, wants, found, self.ledger)
+        amounts = dict(footprint.demands(found.placement))
         return Decision(
             found.verdict,
             spec.key.model,
@@ -129,7 +130,8 @@ class Weigher:
             devices=devices,
             victims=tuple(Victim.of(candidate) for candidate in found.victims),
             reasons=tuple(given_up) if fits else (),
-            lacking=() if fits else tuple(planner.lacking(spec, wants, among).items()),
+            lacking=() if fits else tuple(planner.lacking(found, among).items()),
+            over_budget=not fits and self.ledger.is_over_budget(amounts),
             alternatives=tuple(planner.alternatives(spec, wants, among)) if short else (),
         )
 

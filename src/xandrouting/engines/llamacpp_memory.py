@@ -1,210 +1,249 @@
 """What a llama.cpp engine takes, from its model's header.
 
-The KV cache is llama.cpp's own arithmetic. The rest was measured on x86-64 with the runner's
-settings (xllamacpp 2026.10: batches of 512, flash attention where llama.cpp chooses it), as the
-PSS of the process after a long prompt; what is not measured says so. The figures of a first
+The KV cache is llama.cpp's own arithmetic: its log said the same bytes for every kind of layer
+below. The other constants were measured as the PSS of the process after a long prompt, with
+the runner's settings (xllamacpp 2026.10 on x86-64; batches of 512; flash attention, which
+llama.cpp chose for every model tried). What was not measured says so. The figures of a first
 load replace all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Final
+from typing import Final, NamedTuple
 
 from xandrouting.core.model import Footprint, LoadOptions, Terms
 from xandrouting.engines.base import ModelFacts, PerLayer
 
 CACHE_TYPE: Final = "f16"
+DEFAULT_CTX: Final = 4096
 PROMPT_BATCH: Final = 512  # tokens
 EMBEDDING_BATCH: Final = 2048
-DEFAULT_CTX: Final = 4096
 CELLS: Final = 256  # a slot's context is padded to a multiple
 
-MIB: Final = 1 << 20
-# Bits of one value in the cache.
-_CACHE_BITS: Final = {
-    "f32": 32.0,
-    "f16": 16.0,
-    "bf16": 16.0,
-    "q8_0": 8.5,
-    "q5_1": 6.0,
-    "q5_0": 5.5,
-    "q4_1": 5.0,
-    "q4_0": 4.5,
-    "iq4_nl": 4.5,
+_MIB: Final = 1 << 20
+_MAX_LAYERS: Final = 512  # llama.cpp's own; a header may claim any number
+_FLOAT: Final = 4  # activations, logits and states are 32 bit
+# Bytes of 32 values in the cache.
+_CACHE_BYTES: Final = {
+    "f32": 128,
+    "f16": 64,
+    "bf16": 64,
+    "q8_0": 34,
+    "q5_1": 24,
+    "q5_0": 22,
+    "q4_1": 20,
+    "q4_0": 18,
+    "iq4_nl": 18,
 }
-# llama.cpp packs these anew for the processor: the packed copy is in memory beside the file.
-_REPACKED: Final = frozenset(("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"))
-# Every so many layers one looks at the whole context, where the header does not say.
-_SLIDING_PATTERNS: Final = {
+# llama.cpp packs these anew for an x86-64 processor, and the file's pages stay beside the copy.
+_REPACKED: Final = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"})
+# One layer in so many sees the whole context, the last of them; 0: none does. llama.cpp's own
+# numbers, for headers that give a window and no pattern. An architecture that is not here
+# counts as if no layer slid.
+_PERIODS: Final = {
+    "afmoe": 4,
+    "cohere2": 4,
+    "cohere2moe": 4,
+    "exaone-moe": 4,
+    "exaone4": 4,
     "gemma2": 2,
     "gemma3": 6,
     "gemma3n": 5,
     "gpt-oss": 2,
-    "cohere2": 4,
-    "exaone4": 4,
+    "laguna": 4,
+    "lfm2": 0,
+    "llama4": 4,
+    "mellum": 4,
+    "muse-glimmer": 4,
     "olmo2": 4,
+    "plamo3": 8,
+    "smallthinker": 4,
 }
-_RUNTIME_BYTES: Final = 26 * MIB  # Python and the libraries
-_TOKEN_BYTES: Final = 460  # of each token of the vocabulary, its merges and look-ups
+_FULL_FIRST: Final = frozenset({"cohere2moe", "laguna", "smallthinker"})  # not the last of them
+_WINDOWS: Final = {"gemma2": 4096, "llama4": 8192}  # where the header says none
+_INTERVALS: Final = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}  # one layer in so many attends
+# They keep nothing of a request and give no logits.
+_ENCODERS: Final = frozenset(
+    {
+        "bert",
+        "eurobert",
+        "gemma-embedding",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+    }
+)
+# Python and the libraries: 14 of them file pages.
+_RUNTIME_BYTES: Final = 29 * _MIB
+# A token with its merges and look-ups: 405 to 410 with vocabularies of 49,000 to 250,000.
+_TOKEN_BYTES: Final = 405
 # Not measured: no GPU was at hand. CUDA's context and kernels, of one engine on one card.
-_CUDA_BYTES: Final = 450 * MIB
+_CUDA_BYTES: Final = 450 * _MIB
+
+
+class Kept(NamedTuple):
+    """What some layers keep, in values: of each token of a request, and of each request."""
+
+    full_k: int = 0  # of keys, in layers that see the whole context
+    full_v: int = 0
+    sliding_k: int = 0  # in layers that see a window
+    sliding_v: int = 0
+    state: int = 0  # of each request, however long
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaCost:
     """What an engine takes, for any options.
 
-    The tuples hold sums: item `n` is of the last `n` layers, so item `layers` is the whole.
+    Item `n` of a tuple is for the last `n` layers on an accelerator. Item `layers` is for all
+    of them and the output, which llama.cpp counts as one more and moves last. On the
+    processor there is only item 0.
     """
 
     layers: int
-    on_cpu: bool
-    file_bytes: int
-    repacked_share: float  # of the file, how much is packed anew
-    offload_bytes: tuple[int, ...]  # of the file, on an accelerator with so many layers there
-    tied_bytes: int  # of the embeddings where they are the output too: then both have them
-    full_k: tuple[int, ...]  # values of keys per token, in layers that see the whole context
-    full_v: tuple[int, ...]
-    sliding_k: tuple[int, ...]  # the same in layers that see a window
-    sliding_v: tuple[int, ...]
-    window: int
-    embedding_length: int
-    feed_forward: int
+    host_weights: tuple[int, ...]
+    device_weights: tuple[int, ...]
+    kept: tuple[Kept, ...]  # there
+    kept_in_all: Kept
+    window: int  # tokens
+    width: int  # values of one token in the working space
     vocab_size: int
+    logits: int  # of each token whose logits are asked for
     mmproj_bytes: int
 
     def footprint(self, options: LoadOptions) -> Footprint:
-        """Estimate; unset options count as llama.cpp's defaults here."""
-        offloaded = self._offloaded(options)
-        weights = self.offload_bytes[offloaded]
-        slots = options.n_parallel or 1
+        """Estimate; unset options count as the adapter's defaults."""
         n_ctx = options.n_ctx or DEFAULT_CTX
-        kv_cache = self.kv_bytes(options)
-        kv_on_device = self._kv_bytes(options, offloaded)
-        compute = self._compute(n_ctx, slots, embeddings=bool(options.embeddings))
-        outputs = slots * self.vocab_size * 4
-        overhead = _RUNTIME_BYTES + self.vocab_size * _TOKEN_BYTES
-        stays = self.file_bytes - weights
-        if 0 < offloaded == self.layers:
-            stays += self.tied_bytes
-        repacked = int(stays * self.repacked_share)
-        eyes = self.mmproj_bytes
+        slots = options.n_parallel or 1
+        batch = min(EMBEDDING_BATCH if options.embeddings else PROMPT_BATCH, n_ctx * slots)
+        asked = options.n_gpu_layers
+        there = self.layers if asked is None or asked < 0 else min(asked, self.layers)
+        all_kept = self._kv_bytes(self.kept_in_all, options, n_ctx, slots, batch)
+        kept_there = self._kv_bytes(self.kept[there], options, n_ctx, slots, batch)
+        # Whoever asks for vectors gets logits of every token along with them.
+        outputs = _FLOAT * self.logits * (batch if options.embeddings else slots)
+        compute = self._compute_bytes(n_ctx, batch, outputs)
         host = Terms(
-            weights=stays + repacked + (0 if offloaded else eyes),
-            kv_cache=kv_cache - kv_on_device,
-            compute=outputs + (0 if 0 < offloaded == self.layers else compute),
-            overhead=overhead,
+            weights=self.host_weights[there] + (0 if there else self.mmproj_bytes),
+            kv_cache=all_kept - kept_there,
+            compute=outputs + (0 if 0 < there == self.layers else compute),
+            overhead=_RUNTIME_BYTES + _TOKEN_BYTES * self.vocab_size,
         )
-        if not offloaded:
+        if not there:
             return Footprint(host=host)
         device = Terms(
-            weights=weights + eyes,
-            kv_cache=kv_on_device,
+            weights=self.device_weights[there] + self.mmproj_bytes,
+            kv_cache=kept_there,
             compute=compute,
             overhead=_CUDA_BYTES,
         )
         return Footprint(host=host, device=device)
 
-    def kv_bytes(self, options: LoadOptions) -> int:
-        """Return the bytes of the whole KV cache, of all slots, wherever it lies."""
-        return self._kv_bytes(options, len(self.full_k) - 1)
+    def _kv_bytes(
+        self, kept: Kept, options: LoadOptions, n_ctx: int, slots: int, batch: int
+    ) -> int:
+        cells = _padded(n_ctx)
+        seen = min(cells, _padded(self.window + batch))
+        keys = cells * kept.full_k + seen * kept.sliding_k
+        values = cells * kept.full_v + seen * kept.sliding_v
+        cache = (
+            keys * _CACHE_BYTES[options.cache_type_k or CACHE_TYPE]
+            + values * _CACHE_BYTES[options.cache_type_v or CACHE_TYPE]
+        )
+        return slots * (cache // 32 + _FLOAT * kept.state)
 
-    def _offloaded(self, options: LoadOptions) -> int:
-        asked = options.n_gpu_layers
-        if self.on_cpu or asked == 0:
-            return 0
-        return self.layers if asked is None or asked < 0 else min(asked, self.layers)
-
-    def _kv_bytes(self, options: LoadOptions, layers: int) -> int:
-        """Return what the cache of the last `layers` layers takes, the output counted as one."""
-        last = min(layers, len(self.full_k) - 1)
-        cells = _padded(options.n_ctx or DEFAULT_CTX)
-        seen = min(cells, _padded(self.window + PROMPT_BATCH))
-        bits_k = _CACHE_BITS[options.cache_type_k or CACHE_TYPE]
-        bits_v = _CACHE_BITS[options.cache_type_v or CACHE_TYPE]
-        full = self.full_k[last] * bits_k + self.full_v[last] * bits_v
-        sliding = self.sliding_k[last] * bits_k + self.sliding_v[last] * bits_v
-        return int((cells * full + seen * sliding) / 8) * (options.n_parallel or 1)
-
-    def _compute(self, n_ctx: int, slots: int, *, embeddings: bool) -> int:
+    def _compute_bytes(self, n_ctx: int, batch: int, outputs: int) -> int:
         """Return what the working space of one batch takes."""
-        most = EMBEDDING_BATCH if embeddings else PROMPT_BATCH
-        batch = min(most, n_ctx * slots)
-        activations = 4 * batch * (3 * self.feed_forward + 4 * self.embedding_length)
-        mask = 2 * batch * _padded(n_ctx)
-        return activations + mask
+        cells = _padded(n_ctx)
+        if self.window:
+            cells += min(cells, _padded(self.window + batch))
+        mask = 2 * batch * cells
+        # The logits come last, where the activations of the layers were.
+        return max(_FLOAT * batch * self.width, outputs) + mask
 
 
 def cost_of(facts: ModelFacts, *, on_cpu: bool) -> LlamaCost:
     """Return the cost of a model; what its header does not say counts as nothing."""
-    blocks = facts.block_bytes
-    count = max(facts.layers or 0, len(blocks))
-    blocks = (*blocks, *[0] * (count - len(blocks)))
-    tensors = sum(taken for _, taken in facts.type_bytes)
-    file_bytes = max(facts.size_bytes, tensors)
-    repacked = sum(taken for kind, taken in facts.type_bytes if kind in _REPACKED)
-    keys, values = _kv_values(facts, count)
+    count = min(max(facts.layers or 0, len(facts.block_bytes), 1), _MAX_LAYERS)
     slides = _slides(facts, count)
-    output = facts.output_bytes if facts.output_bytes > facts.embedding_bytes // 2 else 0
+    kept = _kept(facts, count, slides)
+    whole = _sum(kept)
+    host, device = _weights(facts, count, on_cpu=on_cpu)
+    there = [Kept()] if on_cpu else [*accumulate(reversed(kept), _add, initial=Kept()), whole]
+    vocab_size = facts.vocab_size or 0
     return LlamaCost(
         layers=0 if on_cpu else count + 1,
-        on_cpu=on_cpu,
-        file_bytes=file_bytes,
-        repacked_share=repacked / file_bytes if file_bytes else 0.0,
-        # llama.cpp counts what comes after the last layer as one more, and moves it last.
-        offload_bytes=(*_last(blocks), sum(blocks) + (output or facts.embedding_bytes)),
-        tied_bytes=0 if output else facts.embedding_bytes,
-        full_k=_last([0 if slide else k for k, slide in zip(keys, slides, strict=True)]),
-        full_v=_last([0 if slide else v for v, slide in zip(values, slides, strict=True)]),
-        sliding_k=_last([k if slide else 0 for k, slide in zip(keys, slides, strict=True)]),
-        sliding_v=_last([v if slide else 0 for v, slide in zip(values, slides, strict=True)]),
-        window=facts.sliding_window or 0,
-        embedding_length=facts.embedding_length or 0,
-        feed_forward=facts.feed_forward or 0,
-        vocab_size=facts.vocab_size or 0,
+        host_weights=host,
+        device_weights=device,
+        kept=tuple(there),
+        kept_in_all=whole,
+        window=_window(facts) if any(slides) else 0,
+        width=_width(facts),
+        vocab_size=vocab_size,
+        logits=0 if facts.architecture in _ENCODERS else vocab_size,
         mmproj_bytes=facts.mmproj_bytes,
     )
 
 
-def _last(layers: Sequence[int]) -> tuple[int, ...]:
-    """Return the sums of the last 0, 1, 2, … layers."""
-    return (0, *accumulate(reversed(layers)))
+def _weights(
+    facts: ModelFacts, count: int, *, on_cpu: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what is in main memory and what on the accelerator, by the layers that are there.
+
+    Without an output of its own a model takes its table of tokens for it. That table stays in
+    main memory to be looked up in, so all layers on an accelerator put a copy of it there.
+    """
+    size = facts.tensor_bytes or facts.size_bytes
+    blocks = _blocks(facts, count, size)
+    tied = facts.output_bytes == 0
+    output = facts.embedding_bytes if tied else facts.output_bytes
+    movable = sum(blocks) + output
+    repacked = sum(taken for kind, taken in facts.type_bytes if kind in _REPACKED)
+    if not tied and facts.embedding_type in _REPACKED:
+        repacked -= facts.embedding_bytes  # nothing is multiplied with it
+    moved = [*accumulate(reversed(blocks), initial=0), movable]
+    gone = [*moved[:-1], movable - output if tied else movable]
+    host = tuple(
+        max(0, size - left) + max(0, repacked) * (movable - away) // max(1, movable)
+        for left, away in zip(gone, moved, strict=True)
+    )
+    return (host[:1], (0,)) if on_cpu else (host, tuple(moved))
 
 
-def _padded(tokens: int) -> int:
-    return -(-tokens // CELLS) * CELLS
+def _blocks(facts: ModelFacts, count: int, size: int) -> list[int]:
+    """Return the bytes of each layer; where no names tell them apart, as if all were alike."""
+    blocks = list(facts.block_bytes[:count])
+    if not any(blocks):
+        rest = size - facts.embedding_bytes - facts.output_bytes
+        return [max(0, rest) // count] * count
+    return blocks + [0] * (count - len(blocks))
 
 
-def _kv_values(facts: ModelFacts, count: int) -> tuple[list[int], list[int]]:
-    """Return how many values of keys and of values one token has in each layer."""
-    if facts.latent_length is not None:
-        return [facts.latent_length] * count, [0] * count
+def _kept(facts: ModelFacts, count: int, slides: Sequence[bool]) -> list[Kept]:
+    """Return what each layer keeps."""
+    if facts.architecture in _ENCODERS:
+        return [Kept()] * count
+    states = _states(facts, count)
     heads = list(_per_layer(facts.head_count, count))
-    kv_heads = list(_per_layer(facts.head_count_kv, count))
-    if facts.head_count_kv is None:
-        kv_heads = heads
-    widest = max(heads, default=0)
-    length = (facts.embedding_length or 0) // widest if widest else 0
-    keys = length if facts.key_length is None else facts.key_length
-    values = length if facts.value_length is None else facts.value_length
-    return [n * keys for n in kv_heads], [n * values for n in kv_heads]
-
-
-def _per_layer(number: PerLayer, count: int) -> Iterator[int]:
-    if isinstance(number, tuple):
-        yield from (*number, *[0] * count)[:count]
-    else:
-        yield from [number or 0] * count
-
-
-def _slides(facts: ModelFacts, count: int) -> list[bool]:
-    """Tell of each layer whether it sees a window only; where nothing tells, none does."""
-    pattern = facts.sliding_pattern or _SLIDING_PATTERNS.get(facts.architecture or "")
-    if not facts.sliding_window or not pattern:
-        return [False] * count
-    if isinstance(pattern, tuple):
-        return [bool(slide) for slide in _per_layer(pattern, count)]
-    return [layer % pattern != pattern - 1 for layer in range(count)]
+    kv_heads = list(_per_layer(facts.head_count_kv, count)) if facts.head_count_kv else heads
+    k, v = _head_lengths(facts)
+    sliding_k = k if facts.key_length_swa is None else facts.key_length_swa
+    sliding_v = v if facts.value_length_swa is None else facts.value_length_swa
+    if facts.keys_only:
+        v = sliding_v = 0
+    kept = []
+    for layer, (n, slide, state) in enumerate(zip(kv_heads, slides, states, strict=True)):
+        attends = n if _attends(facts, layer) else 0
+        if layer >= count - facts.uncached_layers:
+            kept.append(Kept())
+        elif slide:
+            kept.append(Kept(0, 0, attends * sliding_k, attends * sliding_v, state))
+        else:
+            kept.append(Kept(attends * k, attends * v, 0, 0, state))
+    return kept
