@@ -1011,8 +1011,7 @@ def test_who_waits_for_what_is_pinned_meanwhile_is_told_so() -> None:
     scheduler.handle(host(10), now=0.0)
     busy(scheduler, A, SIX)
     scheduler.handle(Acquire(B, FIVE), now=0.0)
-    scheduler.handle(Pin(SIX.key.model), now=1.0)
-    assert scheduler.handle(Release(A), now=2.0) == [
+    assert scheduler.handle(Pin(SIX.key.model), now=1.0) == [
         Refused(B, InsufficientMemory, retry_after_s=ASK_AGAIN_S)
     ]
 

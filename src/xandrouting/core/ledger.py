@@ -126,15 +126,10 @@ class Ledger:
         """Return what engines may take together; None: there is no limit."""
         return self._limits.get(resource)
 
-    def is_over_budget(self, wanted: Amounts) -> bool:
-        """Whether `wanted` is too much though nobody else took anything."""
-        return any(
-            resource in self._budgets and amount > self._budgets[resource]
-            for resource, amount in wanted.items()
-        ) or any(
-            resource in self._readings and amount > self._readings[resource].capacity_bytes
-            for resource, amount in wanted.items()
-        )
+    def unburdened(self) -> Ledger:
+        """Return a ledger of the same budgets, of which nobody has anything."""
+        capacities = {device: r.capacity_bytes for device, r in self._readings.items()}
+        return Ledger(max_engines=self._limits.get(ENGINES), budgets=capacities | self._budgets)
 
     def states(self, starting: Iterable[EngineId] = ()) -> tuple[DeviceState, ...]:
         """Return each device's line, main memory first; `starting` are not measured yet."""

@@ -118,7 +118,7 @@ class Weigher:
         fits = found.verdict is not Verdict.NEVER
         short = found.verdict in (Verdict.NEVER, Verdict.WAIT)
         given_up = planner.reasons(spec, wants, found, self.ledger)
-        amounts = dict(footprint.demands(found.placement))
+        alone = replace(among, ledger=self.ledger.unburdened(), staying={})
         return Decision(
             found.verdict,
             spec.key.model,
@@ -131,7 +131,7 @@ class Weigher:
             victims=tuple(Victim.of(candidate) for candidate in found.victims),
             reasons=tuple(given_up) if fits else (),
             lacking=() if fits else tuple(planner.lacking(found, among).items()),
-            over_budget=not fits and self.ledger.is_over_budget(amounts),
+            over_budget=not fits and not planner.fits_at_all(spec, wants, alone),
             alternatives=tuple(planner.alternatives(spec, wants, among)) if short else (),
         )
 
