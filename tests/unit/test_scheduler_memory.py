@@ -67,7 +67,8 @@ from xandrouting.core.model import (
 )
 from xandrouting.core.planner import Verdict
 from xandrouting.core.refusals import ASK_AGAIN_S
-from xandrouting.core.scheduler import LINGER_S, Scheduler
+from xandrouting.core.scheduler import Scheduler
+from xandrouting.core.turns import LINGER_S
 
 ONE, THREE, FOUR, FIVE = (
     model(name, host_gib=size)

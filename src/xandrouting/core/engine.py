@@ -50,6 +50,11 @@ class Engine:
         """Whether it takes a place here; an upstream does not."""
         return self.footprint.engines > 0
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is ready and has no leases."""
+        return self.idle_since is not None
+
     def serves(self, spec: EngineSpec) -> bool:
         """Whether a request may have a lease on it now."""
         return self.state is EngineState.READY and self._does_for(spec)

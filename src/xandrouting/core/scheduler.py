@@ -11,17 +11,15 @@ The rules, each tested as a property (`tests/unit/test_scheduler_machine.py`):
 - The first in the queue reserves: later requests may use ready engines, and may not start
   others past it, save those that take nothing here. When it has waited `fair_wait_s` and
   every engine is busy, one of them takes no new leases any more, so nobody waits for ever.
-- Who came while an engine was in use lets it be used for `min_residency_s`, or until nobody
-  asks it for `LINGER_S`: two models that share one place do not take turns with every request.
+- Two models that share one place do not take turns with every request (`turns.py`).
 - One engine per key at a time; the next incarnation starts when the last one is gone.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Final, assert_never
+from typing import assert_never
 
 from xandrouting.core import planner, refusals
 from xandrouting.core.backoff import Backoffs
@@ -47,7 +45,7 @@ from xandrouting.core.events import (
     Unload,
 )
 from xandrouting.core.figures import Figures
-from xandrouting.core.ledger import Amounts, DeviceState, Ledger
+from xandrouting.core.ledger import DeviceState, Ledger
 from xandrouting.core.model import (
     ENGINES,
     EngineId,
@@ -58,9 +56,8 @@ from xandrouting.core.model import (
 )
 from xandrouting.core.planner import Decision, Plan, Surroundings, Verdict
 from xandrouting.core.queue import Line, Queue, Waiter
+from xandrouting.core.turns import Turns
 from xandrouting.core.weigher import Together, Weigher
-
-LINGER_S: Final = 1.0  # a client that asks in a loop is back sooner
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +87,7 @@ class Scheduler:
         self._weigher = Weigher(ledger, Figures() if figures is None else figures)
         self._default_ttl_s = default_ttl_s
         self._max_queue = max_queue
-        self._fair_wait_s = fair_wait_s
-        self._min_residency_s = min_residency_s
+        self._turns = Turns(self._weigher, fair_wait_s=fair_wait_s, min_residency_s=min_residency_s)
         self._engines: dict[ModelKey, Engine] = {}
         self._incarnations: dict[ModelKey, int] = {}
         self._tickets: dict[Ticket, Engine | None] = {}  # None: queued or refused
@@ -317,7 +313,11 @@ class Scheduler:
         if isinstance(failure, InsufficientMemory) and line is not None and not line.tried_again:
             # It took more than was known. Once more, with everybody gone who may leave.
             taken = {r for r, n in engine.footprint.demands(engine.placement) if n and r != ENGINES}
-            idle = [e for e in self._idle() if any(map(self._ledger.charge_of(e.id).get, taken))]
+            idle = [
+                e
+                for e in self._movable()
+                if e.is_idle and any(map(self._ledger.charge_of(e.id).get, taken))
+            ]
             if idle:
                 line.tried_again = True
                 line.after = {e.id for e in idle}
@@ -480,85 +480,29 @@ class Scheduler:
     ) -> None:
         """See to it that who waits for engines in use does not wait for ever."""
         amounts = self._weigher.amounts(first.spec, found.options, found.placement)
-        leaving = Counter(among.leaving)
-        for candidate in among.candidates:
-            leaving.update(candidate.frees)
-        lingering = {
-            engine.id: leaves_at
-            for engine in self._idle()
-            if (leaves_at := self._leaves_at(engine, first.arrived_at)) > now
-        }
-        leaving += self._weigher.charges(
+        going = [
             engine
             for engine in self._engines.values()
-            if engine.id in lingering
-            or (engine.state is EngineState.DRAINING and engine.id.key not in promised)
+            if engine.state is EngineState.DRAINING and engine.id.key not in promised
+        ]
+        draining, self._look_again_at = self._turns.fair(
+            self._movable(), first, amounts, among, going, now
         )
-        times = list(lingering.values())
-        draining = []
-        for engine in self._fewest_that_help(amounts, leaving):
-            times.append(self._drains_at(engine, first))
-            if times[-1] <= now:
-                draining.append(engine)
         if draining:
-            devices = self.devices()
-            decision = self._weigher.explained(first.spec, wants, found, among, devices)
+            decision = self._weigher.explained(first.spec, wants, found, among, self.devices())
             for engine in draining:
                 engine.leaves_for = decision
                 self._drain(engine, "evicted", effects)
-        self._look_again_at = min((at for at in times if at > now), default=None)
 
-    def _fewest_that_help(self, amounts: Amounts, leaving: Amounts) -> list[Engine]:
-        """Return the busy engines that have to go too, those with the fewest leases first."""
-        chosen: list[Engine] = []
-        for engine in sorted(self._busy(), key=lambda e: (len(e.leases), e.granted_at)):
-            lacking = self._ledger.lacks(amounts, freed=self._with(leaving, chosen))
-            charge = self._ledger.charge_of(engine.id)
-            if any(charge.get(resource) for resource in lacking):
-                chosen.append(engine)
-        if self._ledger.lacks(amounts, freed=self._with(leaving, chosen)):
-            return []  # one that loads has it: nobody need go before that one can
-        for engine in list(chosen):
-            others = [other for other in chosen if other is not engine]
-            if not self._ledger.lacks(amounts, freed=self._with(leaving, others)):
-                chosen = others
-        return chosen
-
-    def _with(self, leaving: Amounts, engines: Iterable[Engine]) -> Amounts:
-        together = self._weigher.charges(engines)
-        together.update(leaving)
-        return together
-
-    def _drains_at(self, engine: Engine, first: Waiter) -> float:
-        """From when on a busy engine takes no new leases, for the first in the queue."""
-        assert engine.ready_at is not None
-        fair_at = first.arrived_at + self._fair_wait_s
-        return max(fair_at, engine.ready_at + self._min_residency_s)
-
-    def _busy(self) -> Iterator[Engine]:
-        return (engine for engine in self._movable() if engine.leases)
-
-    def _idle(self) -> Iterator[Engine]:
-        return (engine for engine in self._movable() if not engine.leases)
-
-    def _movable(self) -> Iterator[Engine]:
-        """Yield the ready engines that may be asked to leave for others."""
-        for engine in self._engines.values():
-            if (
-                engine.state is EngineState.READY
-                and engine.counts
-                and engine.id.key.model not in self._pinned
-            ):
-                yield engine
-
-    def _leaves_at(self, engine: Engine, arrived_at: float) -> float:
-        """From when on this idle engine may leave for one who came at `arrived_at`."""
-        since, ready_at = engine.idle_since, engine.ready_at
-        assert since is not None
-        assert ready_at is not None
-        if engine.granted_at is None or arrived_at >= since:
-            return since
-        return min(ready_at + self._min_residency_s, since + LINGER_S)
+    def _movable(self) -> list[Engine]:
+        """Return the ready engines that may be asked to leave for others."""
+        return [
+            engine
+            for engine in self._engines.values()
+            if engine.state is EngineState.READY
+            and engine.counts
+            and engine.id.key.model not in self._pinned
+        ]
 
     def _among(
         self,
@@ -584,9 +528,9 @@ class Scheduler:
             elif engine.id.key.model in self._pinned:
                 staying.append(engine)
             elif (
-                engine.idle_since is not None
+                engine.is_idle
                 and engine.counts
-                and self._leaves_at(engine, arrived_at) <= now
+                and self._turns.leaves_at(engine, arrived_at) <= now
             ):
                 candidates.append(self._weigher.candidate(engine, now))
         return self._weigher.among(spec, leaving=leaving, staying=staying, candidates=candidates)
