@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from xandrouting.core.events import Acquire
 from xandrouting.core.model import EngineId, EngineSpec, ModelKey, Ticket
+from xandrouting.core.planner import Victim
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,12 @@ class Waiter:
 class Line:
     """Those who wait for one engine. A line is never empty.
 
-    `after` are engines whose memory a second try waits for, `tried_again` whether it was one.
+    `victims` have left for it already. `after` are engines whose memory a second try waits
+    for, `tried_again` whether it was one.
     """
 
     waiters: dict[Ticket, Waiter] = field(default_factory=dict)
+    victims: tuple[Victim, ...] = ()
     after: set[EngineId] = field(default_factory=set)
     tried_again: bool = False
 

@@ -54,7 +54,7 @@ from xandrouting.core.model import (
     ModelKey,
     Ticket,
 )
-from xandrouting.core.planner import Decision, Plan, Surroundings, Verdict
+from xandrouting.core.planner import Decision, Plan, Surroundings, Verdict, Victim
 from xandrouting.core.queue import Line, Queue, Waiter
 from xandrouting.core.turns import Turns
 from xandrouting.core.weigher import Together, Weigher
@@ -133,7 +133,7 @@ class Scheduler:
         return min((at for at in times if at is not None), default=None)
 
     def plan(self, spec: EngineSpec, *, now: float) -> Decision:
-        """Return what would become of a request for `spec`, and change nothing."""
+        """Return what would become of a request for `spec` if nobody waited, and change nothing."""
         engine = self._engines.get(spec.key)
         among = self._among(spec, now, arrived_at=now, replaced=engine)
         if engine is None:
@@ -445,10 +445,11 @@ class Scheduler:
                 for victim in found.victims:
                     leaving = self._engines[victim.engine.key]
                     self._stop(leaving, "evicted", effects, decision=decision)
+                line.victims += decision.victims
                 if found.victims:
                     blocked = True
                 else:
-                    self._start(spec, wants, decision, effects)
+                    self._start(spec, wants, _having_evicted(decision, line.victims), effects)
         return True
 
     def _plan_for(
@@ -621,6 +622,13 @@ class Scheduler:
 
     def _idle_deadline(self, engine: Engine) -> float | None:
         return None if engine.id.key.model in self._pinned else engine.idle_deadline()
+
+
+def _having_evicted(decision: Decision, victims: tuple[Victim, ...]) -> Decision:
+    """Return the decision of a load with those who have left for it."""
+    if not victims:
+        return decision
+    return replace(decision, verdict=Verdict.EVICT, victims=victims)
 
 
 def _planned(

@@ -89,7 +89,7 @@ class Weigher:
         return together
 
     def together(self, specs: Iterable[EngineSpec]) -> Together:
-        """Return whether all of these fit at once, each as small as it may be."""
+        """Return whether all of these fit at once, each with what those before it leave."""
         taken: Counter[str] = Counter()
         sizes = []
         fits = True
