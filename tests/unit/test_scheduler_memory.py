@@ -295,7 +295,8 @@ def test_each_start_and_each_eviction_says_why() -> None:
     [begun] = scheduler.handle(EngineExited(THREE_1), now=110.0)
     assert isinstance(begun, Start)
     assert begun.decision is not None
-    assert (begun.decision.verdict, begun.decision.model) == (Verdict.LOAD, SIX.key.model)
+    assert (begun.decision.verdict, begun.decision.model) == (Verdict.EVICT, SIX.key.model)
+    assert begun.decision.victims == (victim,)  # the load tells who left for it, too
     view = scheduler.view(SIX.key)
     assert view is not None
     assert view.decision is begun.decision
@@ -310,20 +311,6 @@ def test_an_eviction_of_an_engine_that_was_busy_says_why_too() -> None:
     assert isinstance(stop, Stop)
     assert stop.decision is not None
     assert stop.decision.model == FIVE.key.model
-
-
-def test_a_load_tells_who_left_for_it() -> None:
-    scheduler = of_ten()
-    idle(scheduler, SIX, since=0.0)
-    assert scheduler.handle(Acquire(A, FIVE), now=1.0) == [Stop(SIX_1, "evicted")]
-    [started] = scheduler.handle(EngineExited(SIX_1), now=2.0)
-    assert isinstance(started, Start)
-    assert started.decision is not None
-    assert started.decision.verdict is Verdict.EVICT
-    assert [victim.engine for victim in started.decision.victims] == [SIX_1]
-    view = scheduler.view(FIVE.key)
-    assert view is not None
-    assert view.decision is started.decision
 
 
 # The head of the queue.
