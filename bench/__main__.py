@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import engine, machine, memory, relay
+from bench import decisions, engine, estimates, machine, memory, relay, switch
 from bench.processes import CORES, BenchError
 from bench.stage import Effort
 from bench.table import Row, as_markdown, as_text
@@ -28,6 +28,10 @@ MEASURES: Mapping[str, Callable[[Effort], list[Row]]] = {
     "cold-start": engine.cold_start,
     "looks": engine.looks,
     "engine-leave": engine.leave,
+    "estimates": estimates.estimates,
+    "switch": switch.switch,
+    "hit": switch.hit,
+    "decisions": decisions.decisions,
 }
 
 

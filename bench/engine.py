@@ -78,9 +78,9 @@ def time_to_first(port: int, body: Body, *, key: str = "") -> float:
     """Return the seconds from a request to the first event, after reading the whole answer."""
     began = time.monotonic()
     with llm.asked(port, body, key=key) as connection:
-        llm.read_events(connection, 1)
+        seen = llm.read_events(connection, 1)
         took = time.monotonic() - began
-        llm.read_to_end(connection)
+        llm.read_to_end(connection, seen)
     return took
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -63,12 +65,29 @@ class Engine:
         raise BenchError("the engine never became free")
 
 
-@contextlib.contextmanager
-def gateway() -> Iterator[stage.Contender]:
-    """Run the gateway with the starter model, and no engine yet. Engines run on every core."""
-    if not any(MODELS.rglob("*.gguf")):
+def starter() -> Path:
+    """Return the starter model's file."""
+    found = next(MODELS.rglob("*.gguf"), None)
+    if found is None:
         raise BenchError(f"no model in {MODELS}: run `make bench`, or scripts/fetch_starter.py")
-    with stage.gateway("--models-dir", str(MODELS), "--default-ttl", "0") as contender:
+    return found
+
+
+@contextlib.contextmanager
+def copies(*names: str) -> Iterator[Path]:
+    """Make a models directory with copies of the starter model, whose pages nobody else maps."""
+    with tempfile.TemporaryDirectory(prefix="bench-models-") as folder:
+        for name in names:
+            shutil.copyfile(starter(), Path(folder, f"{name}.gguf"))
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def gateway(*arguments: str, models: Path = MODELS) -> Iterator[stage.Contender]:
+    """Run the gateway with the starter model, and no engine yet. Engines run on every core."""
+    starter()
+    arguments = ("--models-dir", str(models), "--default-ttl", "0", *arguments)
+    with stage.gateway(*arguments) as contender:
         yield contender
 
 
@@ -76,17 +95,23 @@ def model_of(gateway: stage.Contender) -> str:
     return call(gateway.port, "GET", "/v1/models")["data"][0]["id"]
 
 
-def load(gateway: stage.Contender, **options: int) -> Engine:
+def load(gateway: stage.Contender, **options: int | str) -> Engine:
     """Load the model anew with these options; return its engine, to be asked straight."""
     unload(gateway)
     body = {"model": model_of(gateway), **options}
     call(gateway.port, "POST", "/v1/models/load", body)
-    (loaded,) = call(gateway.port, "GET", "/v1/models/loaded")["models"]
-    process = Path(f"/proc/{loaded['pid']}")
+    item = loaded(gateway)
+    process = Path(f"/proc/{item['pid']}")
     argv = process.joinpath("cmdline").read_text().split("\0")[:-1]
     lines = process.joinpath("environ").read_text().split("\0")[:-1]
     env = dict(line.split("=", 1) for line in lines)
-    return Engine(tuple(argv), env, int(argv[argv.index("--port") + 1]), loaded["pid"])
+    return Engine(tuple(argv), env, int(argv[argv.index("--port") + 1]), item["pid"])
+
+
+def loaded(gateway: stage.Contender) -> dict[str, Any]:
+    """Return what the gateway tells of its only engine."""
+    (item,) = call(gateway.port, "GET", "/v1/models/loaded")["models"]
+    return item
 
 
 def unload(gateway: stage.Contender) -> None:
@@ -132,18 +157,19 @@ def asked(port: int, body: Mapping[str, Any], *, key: str = "") -> Iterator[sock
         yield connection
 
 
-def read_events(connection: socket.socket, count: int) -> None:
-    """Read on until so many events have begun."""
+def read_events(connection: socket.socket, count: int) -> bytes:
+    """Read on until so many events have begun; return what was read."""
     seen = b""
     while seen.count(b"data: ") < count:
         data = connection.recv(1 << 16)
         if not data:
             raise BenchError(f"the stream ended early: {seen[-300:]!r}")
         seen += data
+    return seen
 
 
-def read_to_end(connection: socket.socket) -> None:
-    tail = b""
+def read_to_end(connection: socket.socket, tail: bytes) -> None:
+    """Read the rest of an answer; `tail`: what was read of it last."""
     while not tail.endswith(b"0\r\n\r\n"):
         data = connection.recv(1 << 16)
         if not data:

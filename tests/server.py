@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ STARTER = "smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = f"/models/{STARTER}"
 ENGINE_MODULE = "xandrouting.engines.llamacpp_server"
 START_TIMEOUT_S = 30.0
+HELD_BYTES = 20 << 20  # a tenth of what an engine of the starter model takes
 STOP_TIMEOUT_S = 40.0
 
 
@@ -96,21 +98,7 @@ class Server:
 
     def start(self) -> Self:
         """Start it and return when it serves."""
-        self.data.mkdir(parents=True, exist_ok=True)
-        settings = {f"XANDROUTING_{n.upper()}": str(v) for n, v in self._settings.items()}
-        folders = ("--models-dir", str(self.models), "--data-dir", str(self.data))
-        argv = [sys.executable, "-m", "xandrouting", "serve", *folders]
-        settings.setdefault("XANDROUTING_PORT", "0")
-        stdout, stderr = self.data / "stdout", self.data / "stderr"
-        with stdout.open("wb") as out, stderr.open("ab") as log:
-            self._process = psutil.Popen(
-                [*argv, *self._arguments],
-                env=clean_environment() | settings,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=log,
-                cwd=self.data,
-            )
+        stdout = self._launch()
         try:
             wait_for(lambda: "\n" in stdout.read_text() or is_gone(self.process), START_TIMEOUT_S)
             word, _, url = stdout.read_text().partition("\n")[0].partition(" ")
@@ -126,6 +114,35 @@ class Server:
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
         )
         return self
+
+    def refuses_to_start(self) -> str:
+        """Start it where it cannot serve; return what it says."""
+        stdout = self._launch()
+        try:
+            assert self.wait(START_TIMEOUT_S) == 2
+            assert stdout.read_text() == ""
+        finally:
+            self.close()
+        return self.log()
+
+    def _launch(self) -> Path:
+        """Begin its process; return the file its stdout goes to."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        settings = {f"XANDROUTING_{n.upper()}": str(v) for n, v in self._settings.items()}
+        folders = ("--models-dir", str(self.models), "--data-dir", str(self.data))
+        argv = [sys.executable, "-m", "xandrouting", "serve", *folders]
+        settings.setdefault("XANDROUTING_PORT", "0")
+        stdout, stderr = self.data / "stdout", self.data / "stderr"
+        with stdout.open("wb") as out, stderr.open("ab") as log:
+            self._process = psutil.Popen(
+                [*argv, *self._arguments],
+                env=clean_environment() | settings,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=log,
+                cwd=self.data,
+            )
+        return stdout
 
     def close(self) -> None:
         """End it whatever it does, and show what it logged (pytest shows it on failure)."""
@@ -224,15 +241,31 @@ class Server:
         with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
             yield Stream(response)
 
+    @contextmanager
+    def events(self, last_id: str | None = None, **query: str) -> Iterator[Events]:
+        """Listen to what happens."""
+        headers = {} if last_id is None else {"last-event-id": last_id}
+        with self.client.stream("GET", "/v1/events", params=query, headers=headers) as response:
+            yield Events(response)
+
     def load(self, model: str = MODEL, **fields: Any) -> dict[str, Any]:
         return ok(self.post("/v1/models/load", {"model": model, **fields}))
 
     def unload(self, model: str = MODEL, **fields: Any) -> httpx2.Response:
         return self.post("/v1/models/unload", {"model": model, **fields})
 
+    def plan(self, model: str = MODEL, **fields: Any) -> dict[str, Any]:
+        return ok(self.post("/v1/models/plan", {"model": model, **fields}))
+
+    def pin(self, model: str = MODEL, pinned: bool = True) -> dict[str, Any]:
+        return ok(self.post("/v1/models/pin", {"model": model, "pinned": pinned}))
+
     def loaded(self) -> list[dict[str, Any]]:
         models: list[dict[str, Any]] = ok(self.get("/v1/models/loaded"))["models"]
         return models
+
+    def system(self) -> dict[str, Any]:
+        return ok(self.get("/v1/system"))
 
     def stats(self) -> dict[str, Any]:
         return ok(self.get("/v1/models/stats"))
@@ -296,6 +329,43 @@ class Stream:
         return list(self)
 
 
+class Events:
+    """The events of `GET /v1/events`, as far as they are read."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        assert response.status_code == 200, response.read()
+        self._lines = response.iter_lines()
+        self.last_id = ""
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield each event's kind and data; comments and `retry` are passed over."""
+        fields: dict[str, str] = {}
+        for line in self._lines:
+            name, _, value = line.partition(": ")
+            if line:
+                fields[name] = value
+            elif "data" in fields:
+                self.last_id = fields["id"]
+                yield fields["event"], json.loads(fields["data"])
+                fields = {}
+
+    def until(
+        self, wanted: Callable[[str, dict[str, Any]], bool], timeout_s: float = 15.0
+    ) -> dict[str, Any]:
+        """Read on to the first event that is wanted, and return its data.
+
+        A gauge comes every two seconds, so nothing is waited for in vain for long.
+        """
+        deadline = time.monotonic() + timeout_s
+        seen = []
+        for kind, data in self:
+            if wanted(kind, data):
+                return data
+            seen.append((kind, data.get("event") or data.get("kind")))
+            assert time.monotonic() < deadline, f"not among {seen}"
+        raise AssertionError(f"the stream ended: {seen}")
+
+
 def is_engine(process: psutil.Process) -> bool:
     try:
         return process.cmdline()[1:3] == ["-m", ENGINE_MODULE]
@@ -344,6 +414,42 @@ def deltas(events: list[str]) -> str:
     chunks = [json.loads(event) for event in events if event != "[DONE]"]
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
+@contextmanager
+def story(server: Server, model: str = MODEL, **fields: Any) -> Iterator[Stream]:
+    """Have a model generate for a second or more; the first word is there."""
+    fields = {"max_tokens": 100, "ignore_eos": True} | fields
+    with server.stream("Tell me a long story.", model=model, **fields) as stream:
+        assert stream.response.status_code == 200
+        stream.first()
+        yield stream
+
+
+@contextmanager
+def held(server: Server, model: str = MODEL) -> Iterator[psutil.Process]:
+    """Stop the process of a model's engine that loads, for as long as the block.
+
+    Enough of it is there by then for a percentage over 0.
+    """
+    [engine] = wait_for(lambda: server.engine_processes(model), 10)
+    wait_for(lambda: engine.process.memory_info().rss > HELD_BYTES)
+    engine.process.suspend()
+    try:
+        yield engine.process
+    finally:
+        if not is_gone(engine.process):
+            engine.process.resume()
+
+
+@contextmanager
+def held_load(server: Server, model: str = MODEL, **fields: Any) -> Iterator[Future[Any]]:
+    """Ask for a load and stop its engine's process in the middle, for as long as the block."""
+    with together(1) as pool:
+        asked = pool.submit(server.chat, model=model, **fields)
+        with held(server, model):
+            assert not asked.done()
+            yield asked
 
 
 @contextmanager

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.server import STARTER, Server, models_dir, ok
+from tests.server import STARTER, Server, link_or_copy, models_dir, ok, starter
 
 OTHER = "/models/other/other.gguf"
 
@@ -26,6 +27,36 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             return stack.enter_context(Server(models, tmp_path / "data", **settings))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sequence[Path]]:
+    """Three files with the starter model in each."""
+    root = tmp_path_factory.mktemp("copies")
+    paths = [root / f"{number}.gguf" for number in range(3)]
+    for path in paths:
+        shutil.copyfile(starter(), path)
+    yield paths
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def serve_own(serve: Serve, tmp_path: Path, copies: Sequence[Path]) -> Iterator[Serve]:
+    """Start servers of models with files of their own: `serve_own("a", "b")`, at most three.
+
+    Engines of one file would share its pages, and each would be seen to take less.
+    """
+    models = tmp_path / "models"
+
+    def start(*stems: str, **settings: object) -> Server:
+        names = [f"{stem}/{stem}.gguf" for stem in stems]
+        for name, copy in zip(names, copies, strict=False):
+            (models / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(copy, models / name)
+        return serve(*names, **settings)
+
+    yield start
+    shutil.rmtree(models, ignore_errors=True)  # links to the copies would keep their bytes
 
 
 @pytest.fixture(scope="module")

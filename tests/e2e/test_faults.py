@@ -161,20 +161,37 @@ def test_unreadable_file(server: Server) -> None:
     error_of(server.chat(model="closed"), 400, "invalid_model_file")
 
 
+def test_unknown_architecture_is_refused_before_any_start(serve: Serve) -> None:
+    """Nobody leaves for it, and it is listed as what it is."""
+    server = serve(max_loaded=1)
+    write_gguf(server.models / "odd" / "odd.gguf", arch="nosuch")
+    server.load()
+    odd = "/models/odd/odd.gguf"
+    error = error_of(server.chat(model=odd), 400, "invalid_model_file")
+    assert odd in error["message"]
+    assert "'nosuch'" in error["message"]
+    error_of(server.post("/v1/models/plan", {"model": odd}), 400, "invalid_model_file")
+    assert (server.starts(), [item["path"] for item in server.loaded()]) == (1, [MODEL])
+    inventory = {item["path"]: item for item in ok(server.get("/v1/models/inventory"))["models"]}
+    assert "'nosuch'" in inventory[odd]["problem"]
+    assert inventory[odd]["fits"] is None
+    assert [model["id"] for model in ok(server.get("/v1/models"))["data"]] == [MODEL]
+
+
 @pytest.fixture
-def unknown(server: Server) -> Iterator[str]:
-    """A whole GGUF file of an architecture that llama.cpp does not know."""
-    path = write_gguf(server.models / "odd" / "odd.gguf", arch="nosuch")
-    yield "/models/odd/odd.gguf"
+def thin(server: Server) -> Iterator[str]:
+    """A whole GGUF file of a known architecture that lacks what only the engine looks for."""
+    path = write_gguf(server.models / "thin" / "thin.gguf")
+    yield "/models/thin/thin.gguf"
     path.unlink(missing_ok=True)
 
 
-def test_unknown_architecture_is_told(server: Server, unknown: str) -> None:
-    error = error_of(server.chat(model=unknown), 400, "invalid_model_file")
-    assert error["details"]["reason"] == "unknown_architecture"
-    assert unknown in error["message"]
-    assert "nosuch" in server.log()  # the engine's last lines are there
-    listed = ok(server.get(f"/v1/models{unknown}"))["status"]
+def test_file_that_the_engine_refuses_is_told(server: Server, thin: str) -> None:
+    error = error_of(server.chat(model=thin), 400, "invalid_model_file")
+    assert error["details"]["reason"] == "bad_file"
+    assert thin in error["message"]
+    assert "hyperparameters" in server.log()  # the engine's last lines are there
+    listed = ok(server.get(f"/v1/models{thin}"))["status"]
     assert (listed["value"], listed["failed"], listed["message"]) == (
         "failed",
         True,
@@ -185,34 +202,43 @@ def test_unknown_architecture_is_told(server: Server, unknown: str) -> None:
 
 def test_failing_start_makes_no_storm(serve: Serve) -> None:
     server = serve()
-    write_gguf(server.models / "odd" / "odd.gguf", arch="nosuch")
+    write_gguf(server.models / "thin" / "thin.gguf")
     with together(8) as pool:
         for _ in range(5):
-            asked = [pool.submit(server.chat, model="odd") for _ in range(8)]
+            asked = [pool.submit(server.chat, model="thin") for _ in range(8)]
             for one in asked:
                 error_of(one.result(20), 400, "invalid_model_file")
-    assert server.starts("/models/odd/odd.gguf") <= 2
+    assert 1 <= server.starts("/models/thin/thin.gguf") <= 2
     assert server.tree() == []
     assert server.stats()["load_failures"] == server.starts()
 
 
-def test_mended_file_is_tried_at_once(server: Server, unknown: str) -> None:
-    error_of(server.chat(model=unknown), 400, "invalid_model_file")
-    path = server.models / "odd" / "odd.gguf"
+def test_mended_file_is_tried_at_once(server: Server, thin: str) -> None:
+    error_of(server.chat(model=thin), 400, "invalid_model_file")
+    path = server.models / "thin" / "thin.gguf"
     path.unlink()
     link_or_copy(starter(), path)
-    assert ok(server.chat(model=unknown))
+    assert ok(server.chat(model=thin))
 
 
 @pytest.mark.skipif(psutil.virtual_memory().total > 40 << 30, reason="it would fit")
 def test_more_than_the_memory(serve: Serve) -> None:
-    """The engine says that it cannot allocate; who asks for less is served."""
-    server = serve()
+    """It is known before anybody leaves or starts; who asks for less is served."""
+    server = serve(STARTER, OTHER.removeprefix("/models/"))
+    server.load(OTHER)
     answer = server.chat(n_ctx=8192, n_parallel=256)
     error = error_of(answer, 503, "insufficient_memory")
     assert "n_ctx" in error["message"]
-    assert error["details"]["reason"] == "out_of_memory"
-    assert int(answer.headers["retry-after"]) > 0
+    details = error["details"]
+    [host] = details["devices"]
+    assert host["needed_bytes"] > psutil.virtual_memory().total > host["budget_bytes"]
+    assert details["lacking_bytes"]["host"] > 0
+    offered = {offer["change"]: offer for offer in details["alternatives"]}
+    assert offered["n_ctx"]["n_ctx"] < 8192
+    assert offered["n_parallel"]["n_parallel"] < 256
+    assert "retry-after" not in answer.headers  # waiting does not help
+    assert [item["path"] for item in server.loaded()] == [OTHER]
+    assert (server.starts(), server.starts(MODEL)) == (1, 0)
     assert ok(server.chat())
 
 

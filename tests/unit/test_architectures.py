@@ -52,6 +52,7 @@ async def test_an_unknown_architecture_is_refused_before_a_load(
     write_gguf(root / "odd.gguf", arch="mamba")
     inventory = Inventory(root, KnownArchitectures([library]))
     known, odd = (await inventory.refresh()).models
-    assert (await inventory.verify(known)).problem is None
+    assert odd.problem == "the engine does not know the architecture 'mamba'"
+    assert (await inventory.verify(known)).problem is known.problem is None
     with pytest.raises(InvalidModelFile, match=r"does not know .*'mamba'.* Update the engine"):
         await inventory.verify(odd)

@@ -123,6 +123,137 @@ def test_parts_are_counted_together(tmp_path: Path) -> None:
     assert joined.file_size == joined.data_bytes == first.file_size + second.file_size
 
 
+def test_tells_what_an_engine_keeps_in_memory(file: Path) -> None:
+    metadata = {
+        "llama.attention.key_length_mla": 192,
+        "llama.attention.key_length_swa": 64,
+        "llama.attention.value_length_swa": 32,
+        "llama.attention.shared_kv_layers": 10,
+        "llama.nextn_predict_layers": 1,
+        "llama.ssm.conv_kernel": 4,
+        "llama.ssm.inner_size": 1024,
+        "llama.ssm.state_size": 128,
+        "llama.ssm.group_count": 2,
+        "llama.expert_feed_forward_length": 512,
+        "llama.expert_shared_feed_forward_length": 256,
+        "llama.expert_used_count": 6,
+    }
+    header = read_gguf(write_gguf(file, metadata=metadata))
+    assert header.key_length_mla == 192
+    assert (header.key_length_swa, header.value_length_swa) == (64, 32)
+    assert (header.shared_kv_layers, header.nextn_predict_layers) == (10, 1)
+    assert (header.ssm_conv_kernel, header.ssm_inner_size) == (4, 1024)
+    assert (header.ssm_state_size, header.ssm_group_count) == (128, 2)
+    assert (header.expert_feed_forward_length, header.expert_used_count) == (512, 6)
+    assert header.expert_shared_feed_forward_length == 256
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        ("attention.head_count", "head_count"),
+        ("attention.sliding_window_pattern", "sliding_window_pattern"),
+        ("attention.recurrent_layers", "recurrent_layers"),
+        ("feed_forward_length", "feed_forward_length"),
+        ("expert_feed_forward_length", "expert_feed_forward_length"),
+        ("expert_used_count", "expert_used_count"),
+    ],
+)
+def test_one_number_or_one_for_each_layer(file: Path, key: str, field: str) -> None:
+    one = read_gguf(write_gguf(file, metadata={f"llama.{key}": 6}))
+    assert getattr(one, field) == 6
+    each = read_gguf(write_gguf(file, metadata={f"llama.{key}": [1, 0, 4]}))
+    assert getattr(each, field) == (1, 0, 4)
+
+
+def test_a_pattern_of_truths(file: Path) -> None:
+    metadata = {"llama.attention.sliding_window_pattern": [1, 1, 0]}
+    numbers = struct.pack("<IIQ3i", 9, 5, 3, 1, 1, 0)
+    truths = struct.pack("<IIQ3?", 9, 7, 3, True, True, False)
+    data = gguf_bytes(metadata=metadata, tensors=())
+    assert numbers in data
+    assert read(file, data.replace(numbers, truths)).sliding_window_pattern == (1, 1, 0)
+
+
+def test_a_pattern_of_fractions_is_left_out(file: Path) -> None:
+    metadata = {"llama.attention.sliding_window_pattern": [1, 1, 0]}
+    numbers = struct.pack("<IIQ3i", 9, 5, 3, 1, 1, 0)
+    fractions = struct.pack("<IIQ3f", 9, 6, 3, 1.0, 1.0, 0.0)
+    data = gguf_bytes(metadata=metadata, tensors=())
+    assert read(file, data.replace(numbers, fractions)).sliding_window_pattern is None
+
+
+def test_every_so_many_layers_attends(file: Path) -> None:
+    header = read_gguf(write_gguf(file, metadata={"llama.full_attention_interval": 4}))
+    assert header.recurrent_layers == 4
+
+
+def test_counts_the_vocabulary(file: Path) -> None:
+    assert read_gguf(write_gguf(file)).vocab_size == 3
+    told = {"general.architecture": "bert", "bert.vocab_size": 30_522}
+    assert read_gguf(write_gguf(file, arch=None, metadata=told)).vocab_size == 30_522
+
+
+def test_tells_the_bytes_of_each_part_of_the_model(file: Path) -> None:
+    tensors = (
+        ("token_embd.weight", (64, 3), "Q4_1"),
+        ("token_embd_norm.weight", (64,), "F32"),
+        ("blk.2.attn_q.weight", (64, 2), "Q8_0"),
+        ("blk.0.attn_q.weight", (64, 1), "Q8_0"),
+        ("blk.0.attn_norm.weight", (64,), "F32"),
+        ("output_norm.weight", (64,), "F32"),
+        ("output.weight", (64, 3), "Q8_0"),
+    )
+    header = read_gguf(write_gguf(file, tensors=tensors))
+    assert header.block_bytes == (68 + 256, 0, 136)
+    assert (header.embedding_bytes, header.embedding_type) == (120, "Q4_1")
+    assert header.output_bytes == 204
+    assert header.tensor_bytes == 128 + 256 + 160 + 96 + 256 + 256 + 204  # as they are aligned
+
+
+def test_without_an_output_of_its_own(file: Path) -> None:
+    header = read_gguf(write_gguf(file))
+    assert (header.embedding_bytes, header.output_bytes) == (120, 0)
+    assert header.block_bytes == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["blk", "blk.", "blk.x.w", "blk.-1.w", "blk.²", "blk.4096.w", f"blk.{'9' * 200}", "o" * 300],
+)
+def test_a_tensor_of_no_layer_counts_for_none(file: Path, name: str) -> None:
+    header = read_gguf(write_gguf(file, tensors=((name, (64,), "F32"),)))
+    assert header.block_bytes == ()
+    assert (header.embedding_bytes, header.output_bytes) == (0, 0)
+    assert header.type_bytes == (("F32", 256),)
+
+
+def test_the_parts_of_a_layer_may_lie_in_two_files(tmp_path: Path) -> None:
+    parts = [
+        (("token_embd.weight", (64, 3), "Q4_1"), ("blk.0.w", (64,), "F32")),
+        (("blk.0.v", (64, 1), "Q8_0"), ("blk.2.w", (64,), "F32")),
+        (("output.weight", (64, 3), "Q8_0"), ("blk.1.w", (64,), "F32")),
+    ]
+    headers = [
+        read_gguf(write_gguf(tmp_path / f"{number}.gguf", tensors=tensors))
+        for number, tensors in enumerate(parts)
+    ]
+    joined = join_parts(headers, "0.gguf")
+    assert joined.block_bytes == (256 + 68, 256, 256)
+    assert (joined.embedding_bytes, joined.embedding_type) == (120, "Q4_1")
+    assert joined.output_bytes == 204
+    assert joined.tensor_bytes == sum(header.tensor_bytes for header in headers)
+
+
+def test_the_embeddings_may_lie_in_a_later_file(tmp_path: Path) -> None:
+    first = read_gguf(write_gguf(tmp_path / "a.gguf", tensors=()))
+    assert (first.embedding_type, first.tensor_bytes) == (None, 0)
+    second = read_gguf(write_gguf(tmp_path / "b.gguf"))
+    joined = join_parts([first, second], "a.gguf")
+    assert (joined.embedding_bytes, joined.embedding_type) == (120, "Q4_1")
+    assert joined.tensor_bytes == second.tensor_bytes
+
+
 WHOLE = gguf_bytes()
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 98362432\n"
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.scheduling import QWEN
+from xandrouting.core.cover import fill
 from xandrouting.core.errors import EngineRejected, GatewayError, UnsupportedByEngine
 from xandrouting.core.model import EngineSpec, LaunchPlan, LoadOptions, Placement, StartFailure
 from xandrouting.engines.base import ModelFacts
@@ -88,6 +89,19 @@ def test_what_nobody_asked_stays_unasked() -> None:
     assert ADAPTER.settle(LoadOptions(), FACTS, "cpu") == LoadOptions()
 
 
+def test_cache_types_are_kept() -> None:
+    wants = LoadOptions(cache_type_k="q8_0", cache_type_v="bf16")
+    assert ADAPTER.settle(wants, FACTS, "cpu") == wants
+
+
+@pytest.mark.parametrize(("device", "layers"), [("cpu", 0), ("cuda", 25), ("cuda:1", 25)])
+def test_the_cost_is_of_the_device(device: str, layers: int) -> None:
+    cost = ADAPTER.cost(FACTS, device)
+    assert cost.layers == layers  # the output counts as one
+    whole = cost.footprint(fill(LoadOptions(), ADAPTER.defaults(FACTS, device)))
+    assert (whole.device.weights > 0) == (device != "cpu")
+
+
 def test_vllm_s_options_mean_nothing_here() -> None:
     wants = LoadOptions(n_ctx=1, max_model_len=9, gpu_memory_utilization=0.5, embeddings=True)
     assert ADAPTER.settle(wants, FACTS, "cuda") == LoadOptions(n_ctx=1, embeddings=True)
@@ -133,10 +147,25 @@ def test_the_key_is_in_the_environment_and_not_in_the_process_list() -> None:
     [((), ""), (("cuda:0",), "0"), (("cuda:3",), "3"), (("cuda:0", "cuda:1"), "0,1")],
 )
 def test_the_engine_sees_the_cards_it_was_given(placement: Placement, visible: str) -> None:
-    launch = ADAPTER.plan(on("cuda"), OPTIONS, api_key="k3y", placement=placement)
+    options = replace(OPTIONS, n_gpu_layers=-1)
+    launch = ADAPTER.plan(on("cuda"), options, api_key="k3y", placement=placement)
     env = dict(launch.env)
     assert env["CUDA_VISIBLE_DEVICES"] == visible
+    assert env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert env["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_an_engine_without_layers_on_a_card_does_not_see_it() -> None:
+    # It would take memory there for nothing.
+    launch = ADAPTER.plan(on("cuda"), OPTIONS, api_key="k3y", placement=("cuda:0",))
+    assert dict(launch.env)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_cache_types_are_told() -> None:
+    assert (flag(plan(), "--cache-type-k"), flag(plan(), "--cache-type-v")) == ("f16", "f16")
+    launch = plan(options=replace(OPTIONS, cache_type_k="q8_0", cache_type_v="q4_0"))
+    assert flag(launch, "--cache-type-k") == "q8_0"
+    assert flag(launch, "--cache-type-v") == "q4_0"
 
 
 def test_vectors_are_pooled_as_the_model_says_or_by_their_mean() -> None:

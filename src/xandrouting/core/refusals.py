@@ -72,9 +72,12 @@ def too_large(decision: Decision) -> GatewayError:
         if resource != ENGINES
     ]
     fitting = [_offer(alternative) for alternative in decision.alternatives]
+    remedies = [f"What would fit: {'; '.join(fitting)}."] if fitting else []
+    if not decision.over_budget:
+        remedies.append("Pinned models or other programs hold the rest: unpin one, or ask later.")
     return InsufficientMemory(
         f"{decision.model} does not fit: it needs {' and '.join(too_much) or 'a place'}. "
-        + (f"What would fit: {'; '.join(fitting)}." if fitting else "Use a smaller model."),
+        + (" ".join(remedies) or "Use a smaller model."),
         param="model",
         details={
             "needed_bytes": needed[HOST] + decision.footprint.device_bytes,

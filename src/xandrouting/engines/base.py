@@ -23,6 +23,16 @@ PerLayer = int | tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
+class StateFacts:
+    """The shape of layers that keep a state of fixed size instead of keys and values."""
+
+    conv_kernel: int
+    inner_size: int
+    state_size: int
+    group_count: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What an adapter may know of a model before it is loaded. None: the file does not say."""
 
@@ -38,13 +48,20 @@ class ModelFacts:
     head_count_kv: PerLayer = None
     key_length: int | None = None
     value_length: int | None = None
-    latent_length: int | None = None  # set: one latent of so many values for all heads (MLA)
+    key_length_swa: int | None = None  # in layers that see a window
+    value_length_swa: int | None = None
+    keys_only: bool = False  # values are kept inside the keys (MLA)
     sliding_window: int | None = None
-    sliding_pattern: PerLayer = None  # every so many layers one is full; a tuple: 1 slides
+    sliding_pattern: PerLayer = None  # one layer in so many is full; a tuple: 1 slides
+    state: StateFacts | None = None  # some or all layers keep one
+    recurrent_pattern: PerLayer = None  # one layer in so many has none; a tuple: 1 has one
+    uncached_layers: int = 0  # the last ones, which keep nothing of their own
+    tensor_bytes: int = 0  # the file without its header; 0: unknown
     type_bytes: tuple[tuple[str, int], ...] = ()  # of the tensors, by their type
     block_bytes: tuple[int, ...] = ()  # of each layer's tensors
     embedding_bytes: int = 0  # of the table that turns tokens into vectors
-    output_bytes: int = 0  # of what comes after the last layer
+    embedding_type: str | None = None  # of the same
+    output_bytes: int = 0  # of the one that turns vectors into tokens; 0: the same table
     mmproj_bytes: int = 0  # of the projector that gives it eyes
 
 

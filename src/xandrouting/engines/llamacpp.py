@@ -19,7 +19,7 @@ from xandrouting.core.model import (
     StartFailure,
 )
 from xandrouting.engines.base import ModelFacts, Phase
-from xandrouting.engines.llamacpp_memory import CACHE_TYPE, cost_of
+from xandrouting.engines.llamacpp_memory import CACHE_TYPE, DEFAULT_CTX, cost_of
 
 _RUNNER: Final = (sys.executable, "-m", "xandrouting.engines.llamacpp_server")
 LIST_DEVICES: Final = (*_RUNNER, "--list-devices")
@@ -27,7 +27,6 @@ LIST_DEVICES: Final = (*_RUNNER, "--list-devices")
 READY_LINE: Final = "xandrouting-engine ready"
 KEY_VARIABLE: Final = "XANDROUTING_ENGINE_KEY"
 
-DEFAULT_CTX: Final = 4096
 SLOTS_CPU: Final = 2
 SLOTS_GPU: Final = 4
 MAX_SLOTS: Final = 256  # llama.cpp's LLAMA_MAX_SEQ
@@ -112,6 +111,9 @@ class LlamaCpp:
     ) -> LaunchPlan:
         """Return the runner's command line; `options` must be settled and filled."""
         slots = options.n_parallel or 1
+        layers = options.n_gpu_layers or 0
+        # A card without a layer would only lose memory to CUDA's context.
+        cards = [card.removeprefix("cuda:") for card in placement] if layers else []
         argv = [
             *_RUNNER,
             *("--model", spec.source),
@@ -119,7 +121,7 @@ class LlamaCpp:
             *("--port", "{port}"),
             *("--n-ctx-total", str(max(MIN_CTX, (options.n_ctx or DEFAULT_CTX) * slots))),
             *("--n-parallel", str(slots)),
-            *("--n-gpu-layers", str(options.n_gpu_layers or 0)),
+            *("--n-gpu-layers", str(layers)),
             *("--cache-type-k", options.cache_type_k or CACHE_TYPE),
             *("--cache-type-v", options.cache_type_v or CACHE_TYPE),
         ]
@@ -134,9 +136,10 @@ class LlamaCpp:
             ("OMP_WAIT_POLICY", "passive"),
             # When it aborts, its reason shall be its last words, not a debugger's report.
             ("GGML_NO_BACKTRACE", "1"),
+            # By the numbers that NVML counts by.
+            ("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+            ("CUDA_VISIBLE_DEVICES", ",".join(cards)),
         ]
-        cards = ",".join(card.removeprefix("cuda:") for card in placement)
-        env.append(("CUDA_VISIBLE_DEVICES", cards))
         return LaunchPlan(
             argv=tuple(argv),
             env=tuple(env),

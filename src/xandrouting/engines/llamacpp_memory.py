@@ -9,19 +9,21 @@ load replace all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, NamedTuple
 
 from xandrouting.core.model import Footprint, LoadOptions, Terms
-from xandrouting.engines.base import ModelFacts, PerLayer
+from xandrouting.engines.base import ModelFacts, PerLayer, StateFacts
 
 CACHE_TYPE: Final = "f16"
 DEFAULT_CTX: Final = 4096
 PROMPT_BATCH: Final = 512  # tokens
 EMBEDDING_BATCH: Final = 2048
-CELLS: Final = 256  # a slot's context is padded to a multiple
+CHECKPOINTS: Final = 4  # of each slot; llama.cpp's 32 would take more than the cache itself
+
+_CELLS: Final = 256  # a slot's context is padded to a multiple
 
 _MIB: Final = 1 << 20
 _MAX_LAYERS: Final = 512  # llama.cpp's own; a header may claim any number
@@ -124,16 +126,21 @@ class LlamaCost:
         batch = min(EMBEDDING_BATCH if options.embeddings else PROMPT_BATCH, n_ctx * slots)
         asked = options.n_gpu_layers
         there = self.layers if asked is None or asked < 0 else min(asked, self.layers)
-        all_kept = self._kv_bytes(self.kept_in_all, options, n_ctx, slots, batch)
-        kept_there = self._kv_bytes(self.kept[there], options, n_ctx, slots, batch)
+        cells = _padded(n_ctx)
+        seen = min(cells, _padded(self.window + batch)) if self.window else 0
+        all_kept = _kv_bytes(self.kept_in_all, options, cells, seen, slots)
+        kept_there = _kv_bytes(self.kept[there], options, cells, seen, slots)
         # Whoever asks for vectors gets logits of every token along with them.
         outputs = _FLOAT * self.logits * (batch if options.embeddings else slots)
-        compute = self._compute_bytes(n_ctx, batch, outputs)
+        # Logits come last, where the activations of the layers were. A mask for each kind of layer.
+        compute = max(_FLOAT * batch * self.width, outputs) + 2 * batch * (cells + seen)
         host = Terms(
             weights=self.host_weights[there] + (0 if there else self.mmproj_bytes),
             kv_cache=all_kept - kept_there,
             compute=outputs + (0 if 0 < there == self.layers else compute),
-            overhead=_RUNTIME_BYTES + _TOKEN_BYTES * self.vocab_size,
+            overhead=_RUNTIME_BYTES
+            + _TOKEN_BYTES * self.vocab_size
+            + self._checkpoint_bytes(options, cells, slots),
         )
         if not there:
             return Footprint(host=host)
@@ -145,27 +152,25 @@ class LlamaCost:
         )
         return Footprint(host=host, device=device)
 
-    def _kv_bytes(
-        self, kept: Kept, options: LoadOptions, n_ctx: int, slots: int, batch: int
-    ) -> int:
-        cells = _padded(n_ctx)
-        seen = min(cells, _padded(self.window + batch))
-        keys = cells * kept.full_k + seen * kept.sliding_k
-        values = cells * kept.full_v + seen * kept.sliding_v
-        cache = (
-            keys * _CACHE_BYTES[options.cache_type_k or CACHE_TYPE]
-            + values * _CACHE_BYTES[options.cache_type_v or CACHE_TYPE]
-        )
-        return slots * (cache // 32 + _FLOAT * kept.state)
+    def _checkpoint_bytes(self, options: LoadOptions, cells: int, slots: int) -> int:
+        """Return what is put aside in main memory to go back to.
 
-    def _compute_bytes(self, n_ctx: int, batch: int, outputs: int) -> int:
-        """Return what the working space of one batch takes."""
-        cells = _padded(n_ctx)
-        if self.window:
-            cells += min(cells, _padded(self.window + batch))
-        mask = 2 * batch * cells
-        # The logits come last, where the activations of the layers were.
-        return max(_FLOAT * batch * self.width, outputs) + mask
+        Windows and states forget, so a conversation that is changed or cut short would have to
+        be read from its beginning.
+        """
+        forgetful = self.kept_in_all._replace(full_k=0, full_v=0)
+        return CHECKPOINTS * _kv_bytes(forgetful, options, 0, min(cells, self.window), slots)
+
+
+def _kv_bytes(kept: Kept, options: LoadOptions, cells: int, seen: int, slots: int) -> int:
+    """Return the bytes of caches with so many cells, and so many where a layer slides."""
+    keys = cells * kept.full_k + seen * kept.sliding_k
+    values = cells * kept.full_v + seen * kept.sliding_v
+    cache = (
+        keys * _CACHE_BYTES[options.cache_type_k or CACHE_TYPE]
+        + values * _CACHE_BYTES[options.cache_type_v or CACHE_TYPE]
+    )
+    return slots * (cache // 32 + _FLOAT * kept.state)
 
 
 def cost_of(facts: ModelFacts, *, on_cpu: bool) -> LlamaCost:
@@ -173,16 +178,15 @@ def cost_of(facts: ModelFacts, *, on_cpu: bool) -> LlamaCost:
     count = min(max(facts.layers or 0, len(facts.block_bytes), 1), _MAX_LAYERS)
     slides = _slides(facts, count)
     kept = _kept(facts, count, slides)
-    whole = _sum(kept)
+    sums = [*accumulate(reversed(kept), _add, initial=Kept())]
     host, device = _weights(facts, count, on_cpu=on_cpu)
-    there = [Kept()] if on_cpu else [*accumulate(reversed(kept), _add, initial=Kept()), whole]
     vocab_size = facts.vocab_size or 0
     return LlamaCost(
         layers=0 if on_cpu else count + 1,
         host_weights=host,
         device_weights=device,
-        kept=tuple(there),
-        kept_in_all=whole,
+        kept=(Kept(),) if on_cpu else (*sums, sums[-1]),
+        kept_in_all=sums[-1],
         window=_window(facts) if any(slides) else 0,
         width=_width(facts),
         vocab_size=vocab_size,
@@ -229,21 +233,108 @@ def _kept(facts: ModelFacts, count: int, slides: Sequence[bool]) -> list[Kept]:
     """Return what each layer keeps."""
     if facts.architecture in _ENCODERS:
         return [Kept()] * count
-    states = _states(facts, count)
-    heads = list(_per_layer(facts.head_count, count))
-    kv_heads = list(_per_layer(facts.head_count_kv, count)) if facts.head_count_kv else heads
-    k, v = _head_lengths(facts)
-    sliding_k = k if facts.key_length_swa is None else facts.key_length_swa
-    sliding_v = v if facts.value_length_swa is None else facts.value_length_swa
-    if facts.keys_only:
-        v = sliding_v = 0
+    heads = _heads(facts, count)
+    recurs = _recurs(facts, heads)
+    if not all(recurs):  # where every layer has a state, it attends too or has no heads
+        heads = [0 if state else n for n, state in zip(heads, recurs, strict=True)]
+    state = 0 if facts.state is None else _state_values(facts.state)
+    lengths = _head_lengths(facts)
+    lengths_swa = _head_lengths(facts, swa=True)
     kept = []
-    for layer, (n, slide, state) in enumerate(zip(kv_heads, slides, states, strict=True)):
-        attends = n if _attends(facts, layer) else 0
+    for layer, (n, slide, recur) in enumerate(zip(heads, slides, recurs, strict=True)):
         if layer >= count - facts.uncached_layers:
             kept.append(Kept())
-        elif slide:
-            kept.append(Kept(0, 0, attends * sliding_k, attends * sliding_v, state))
-        else:
-            kept.append(Kept(attends * k, attends * v, 0, 0, state))
+            continue
+        k, v = lengths_swa if slide else lengths
+        keys, values = n * k, 0 if facts.keys_only else n * v
+        own = state if recur else 0
+        kept.append(Kept(0, 0, keys, values, own) if slide else Kept(keys, values, 0, 0, own))
     return kept
+
+
+def _heads(facts: ModelFacts, count: int) -> list[int]:
+    number = facts.head_count if facts.head_count_kv is None else facts.head_count_kv
+    return _per_layer(number, count)
+
+
+def _head_lengths(facts: ModelFacts, *, swa: bool = False) -> tuple[int, int]:
+    """Return how many values a key and a value of one head have."""
+    heads = _widest(facts.head_count)
+    length = (facts.embedding_length or 0) // heads if heads else 0
+    k = length if facts.key_length is None else facts.key_length
+    v = length if facts.value_length is None else facts.value_length
+    if swa:
+        k = k if facts.key_length_swa is None else facts.key_length_swa
+        v = v if facts.value_length_swa is None else facts.value_length_swa
+    return k, v
+
+
+def _slides(facts: ModelFacts, count: int) -> list[bool]:
+    """Tell of each layer whether it sees a window only; where nothing tells, none does."""
+    pattern = facts.sliding_pattern
+    if pattern is None:
+        pattern = _PERIODS.get(facts.architecture or "")
+    if not _window(facts) or pattern is None:
+        return [False] * count
+    if isinstance(pattern, tuple):
+        return [slide != 0 for slide in _per_layer(pattern, count)]
+    if pattern == 0:
+        return [True] * count
+    full = 0 if facts.architecture in _FULL_FIRST else pattern - 1
+    return [layer % pattern != full for layer in range(count)]
+
+
+def _window(facts: ModelFacts) -> int:
+    if facts.sliding_window is not None:
+        return facts.sliding_window
+    return _WINDOWS.get(facts.architecture or "", 0)
+
+
+def _recurs(facts: ModelFacts, heads: Sequence[int]) -> list[bool]:
+    """Tell of each layer whether it keeps a state."""
+    count = len(heads)
+    if facts.state is None:
+        return [False] * count
+    pattern = facts.recurrent_pattern or _INTERVALS.get(facts.architecture or "")
+    if isinstance(pattern, tuple):
+        return [recur != 0 for recur in _per_layer(pattern, count)]
+    if pattern:
+        return [(layer + 1) % pattern != 0 for layer in range(count)]
+    return [n == 0 for n in heads] if any(heads) and 0 in heads else [True] * count
+
+
+def _state_values(state: StateFacts) -> int:
+    convolved = state.inner_size + 2 * state.group_count * state.state_size
+    return max(0, state.conv_kernel - 1) * convolved + state.state_size * state.inner_size
+
+
+def _width(facts: ModelFacts) -> int:
+    """Return how many values of one token the working space holds at once.
+
+    Fitted to what a long prompt touched, for shapes with wide and narrow layers and heads:
+    within a tenth.
+    """
+    embedding = facts.embedding_length or 0
+    inner = 0 if facts.state is None else facts.state.inner_size
+    k, v = _head_lengths(facts)
+    attention = _widest(facts.head_count) * 2 * k + _widest(facts.head_count_kv) * (k + v)
+    feed_forward = 3 * max(facts.feed_forward or 0, 2 * inner)
+    return max(feed_forward + 4 * embedding, attention + 2 * embedding)
+
+
+def _per_layer(number: PerLayer, count: int) -> list[int]:
+    if isinstance(number, tuple):
+        return [max(0, n) for n in number[:count]] + [0] * (count - len(number))
+    return [number or 0] * count
+
+
+def _widest(number: PerLayer) -> int:
+    return max((0, *number)) if isinstance(number, tuple) else number or 0
+
+
+def _add(a: Kept, b: Kept) -> Kept:
+    return Kept(*map(sum, zip(a, b, strict=True)))
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // _CELLS) * _CELLS

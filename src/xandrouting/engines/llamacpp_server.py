@@ -17,10 +17,9 @@ from collections.abc import Sequence
 import xllamacpp
 
 from xandrouting.engines.llamacpp import KEY_VARIABLE, READY_LINE
+from xandrouting.engines.llamacpp_memory import CHECKPOINTS, EMBEDDING_BATCH, PROMPT_BATCH
 
 HTTP_THREADS = 32  # each open stream holds one; the gateway opens as many as it has clients
-PROMPT_BATCH = 512  # tokens; between two batches it looks for clients that left, and others decode
-EMBEDDING_BATCH = 2048
 PING_S = 1  # llama.cpp looks for a client that left when it pings
 
 
@@ -76,9 +75,11 @@ def _params(options: argparse.Namespace) -> xllamacpp.CommonParams:
     params.cache_type_k = _ggml_type(options.cache_type_k)
     params.cache_type_v = _ggml_type(options.cache_type_v)
     params.n_threads_http = HTTP_THREADS + options.n_parallel
+    # Between two batches it looks for clients that left, and others decode.
     params.n_batch = PROMPT_BATCH
     params.fit_params = False  # the gateway plans; an engine that shrinks itself would belie it
     params.cache_ram_mib = 0  # memory that no plan knows of
+    params.n_ctx_checkpoints = CHECKPOINTS
     params.sse_ping_interval = PING_S
     params.ui = False
     params.endpoint_slots = params.endpoint_metrics = params.endpoint_props = True

@@ -68,8 +68,16 @@ _ARCHITECTURE_NUMBERS: Final = frozenset(
         "attention.sliding_window",
         "attention.sliding_window_pattern",
         "attention.key_length_mla",
-        "attention.kv_lora_rank",
-        "rope.dimension_count",
+        "attention.key_length_swa",
+        "attention.value_length_swa",
+        "attention.shared_kv_layers",
+        "attention.recurrent_layers",
+        "full_attention_interval",
+        "nextn_predict_layers",
+        "ssm.conv_kernel",
+        "ssm.inner_size",
+        "ssm.state_size",
+        "ssm.group_count",
         "feed_forward_length",
         "expert_feed_forward_length",
         "expert_shared_feed_forward_length",
@@ -96,13 +104,20 @@ class GgufHeader:
     value_length: int | None
     sliding_window: int | None
     sliding_window_pattern: int | tuple[int, ...] | None  # every so many is full; or 1: it slides
-    key_length_mla: int | None  # set: the cache holds latents, one for all heads
-    kv_lora_rank: int | None
-    rope_dimensions: int | None
+    key_length_mla: int | None  # set: the cache holds latents, values inside the keys
+    key_length_swa: int | None  # in layers that slide
+    value_length_swa: int | None
+    shared_kv_layers: int | None  # the last ones, which use the cache of others
+    nextn_predict_layers: int | None  # the last ones, for a draft: not in the model's own run
+    recurrent_layers: int | tuple[int, ...] | None  # every so many attends; or 1: it has a state
+    ssm_conv_kernel: int | None
+    ssm_inner_size: int | None
+    ssm_state_size: int | None
+    ssm_group_count: int | None
     feed_forward_length: int | tuple[int, ...] | None
-    expert_feed_forward_length: int | None
+    expert_feed_forward_length: int | tuple[int, ...] | None
     expert_shared_feed_forward_length: int | None
-    expert_used_count: int | None
+    expert_used_count: int | tuple[int, ...] | None
     expert_count: int | None
     vocab_size: int | None
     pooling_type: int | None  # 0 none, 1 mean, 2 cls, 3 last, 4 rank
@@ -113,7 +128,9 @@ class GgufHeader:
     type_bytes: tuple[tuple[str, int], ...]  # bytes per tensor type, the largest first
     block_bytes: tuple[int, ...]  # of the tensors of each layer
     embedding_bytes: int  # of `token_embd`
-    output_bytes: int  # of `output` and what comes with it; 0: `token_embd` is used for it
+    embedding_type: str | None  # of `token_embd`
+    output_bytes: int  # of `output`; 0: `token_embd` is used for it
+    tensor_bytes: int  # the file without its header
     quantization: str | None
     parameters: int
     data_bytes: int  # what the file must hold to be whole
@@ -154,7 +171,9 @@ def join_parts(parts: Sequence[GgufHeader], file_name: str) -> GgufHeader:
             for layer in range(layers)
         ),
         embedding_bytes=sum(part.embedding_bytes for part in parts),
+        embedding_type=next((part.embedding_type for part in parts if part.embedding_type), None),
         output_bytes=sum(part.output_bytes for part in parts),
+        tensor_bytes=sum(part.tensor_bytes for part in parts),
         type_bytes=tuple(type_bytes.most_common()),
         quantization=quantization_of(type_bytes, first.file_type, file_name),
         parameters=sum(part.parameters for part in parts),
@@ -259,14 +278,17 @@ def _alignment(metadata: Mapping[str, _Value]) -> int:
 class _Layout(NamedTuple):
     parameters: int
     type_bytes: Counter[str]
-    place_bytes: Counter[int | str]  # by layer, and `_EMBEDDING`, `_OUTPUT`
+    place_bytes: Counter[int | str | None]  # by layer; `_EMBEDDING`, `_OUTPUT`; None: elsewhere
+    embedding_type: str | None
+    start: int  # where the tensors begin
     data_bytes: int
 
 
 def _read_tensors(reader: HeaderReader, count: int, *, alignment: int) -> _Layout:
     parameters = end = 0
     type_bytes: Counter[str] = Counter()
-    place_bytes: Counter[int | str] = Counter()
+    place_bytes: Counter[int | str | None] = Counter()
+    embedding_type = None
     for _ in range(count):
         place = _read_place(reader)
         name, elements, size, offset = _read_tensor(reader)
@@ -277,24 +299,26 @@ def _read_tensors(reader: HeaderReader, count: int, *, alignment: int) -> _Layou
         place_bytes[place] += size
         if name is not None:
             type_bytes[name] += size
+        if place == _EMBEDDING:
+            embedding_type = name
     start = reader.position
     if count:
         start += -start % alignment
-    return _Layout(parameters, type_bytes, place_bytes, start + end)
+    return _Layout(parameters, type_bytes, place_bytes, embedding_type, start, start + end)
 
 
-def _read_place(reader: HeaderReader) -> int | str:
+def _read_place(reader: HeaderReader) -> int | str | None:
     """Read a tensor's name and return which part of the model it is of."""
     length = reader.u64()
     if length > _MAX_TENSOR_NAME:
         reader.skip(length)
-        return _OUTPUT
-    kind, _, rest = reader.text(length).partition(".")
-    if kind == "blk":
+        return None
+    part, _, rest = reader.text(length).partition(".")
+    if part == "blk":
         layer = rest.partition(".")[0]
-        if layer.isascii() and layer.isdigit() and int(layer) < _MAX_LAYERS:
+        if layer.isascii() and layer.isdigit() and len(layer) <= 4 and int(layer) < _MAX_LAYERS:
             return int(layer)
-    return _EMBEDDING if kind == "token_embd" else _OUTPUT
+    return part if part in (_EMBEDDING, _OUTPUT) else None
 
 
 def _read_tensor(reader: HeaderReader) -> tuple[str | None, int, int, int]:
@@ -356,12 +380,21 @@ def _header(
         sliding_window=number("attention.sliding_window"),
         sliding_window_pattern=per_layer("attention.sliding_window_pattern"),
         key_length_mla=number("attention.key_length_mla"),
-        kv_lora_rank=number("attention.kv_lora_rank"),
-        rope_dimensions=number("rope.dimension_count"),
+        key_length_swa=number("attention.key_length_swa"),
+        value_length_swa=number("attention.value_length_swa"),
+        shared_kv_layers=number("attention.shared_kv_layers"),
+        nextn_predict_layers=number("nextn_predict_layers"),
+        recurrent_layers=(
+            per_layer("attention.recurrent_layers") or number("full_attention_interval")
+        ),
+        ssm_conv_kernel=number("ssm.conv_kernel"),
+        ssm_inner_size=number("ssm.inner_size"),
+        ssm_state_size=number("ssm.state_size"),
+        ssm_group_count=number("ssm.group_count"),
         feed_forward_length=per_layer("feed_forward_length"),
-        expert_feed_forward_length=number("expert_feed_forward_length"),
+        expert_feed_forward_length=per_layer("expert_feed_forward_length"),
         expert_shared_feed_forward_length=number("expert_shared_feed_forward_length"),
-        expert_used_count=number("expert_used_count"),
+        expert_used_count=per_layer("expert_used_count"),
         expert_count=number("expert_count"),
         vocab_size=vocabulary or number("vocab_size"),
         pooling_type=number("pooling_type"),
@@ -372,7 +405,9 @@ def _header(
         type_bytes=tuple(layout.type_bytes.most_common()),
         block_bytes=tuple(places[layer] for layer in range(layers)),
         embedding_bytes=places[_EMBEDDING],
+        embedding_type=layout.embedding_type,
         output_bytes=places[_OUTPUT],
+        tensor_bytes=file_size - layout.start,
         quantization=quantization_of(layout.type_bytes, file_type, file_name),
         parameters=layout.parameters,
         data_bytes=layout.data_bytes,

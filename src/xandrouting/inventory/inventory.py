@@ -76,17 +76,22 @@ class Inventory:
 
     def _recheck(self, model: ModelFile) -> ModelFile | None:
         found = recheck(self._root, model)
-        if found is None or found.header is None or self._architectures is None:
-            return found
-        name = found.header.architecture
-        if found.problem is None and name is not None and not self._architectures.knows(name):
-            return replace(found, problem=f"the engine does not know the architecture {name!r}")
-        return found
+        return None if found is None else self._judged(found)
 
     def _scan(self) -> Snapshot:
         before = self._snapshot
         found = scan(self._root, self._cache)
+        found = replace(found, models=tuple(self._judged(model) for model in found.models))
         return before if found == before else found
+
+    def _judged(self, model: ModelFile) -> ModelFile:
+        """Return the model with its problem if the engine does not know what it is."""
+        name = None if model.header is None else model.header.architecture
+        if model.problem is not None or name is None or self._architectures is None:
+            return model
+        if self._architectures.knows(name):
+            return model
+        return replace(model, problem=f"the engine does not know the architecture {name!r}")
 
 
 def _remedy(problem: str) -> str:

@@ -17,7 +17,7 @@ from xandrouting.core.model import (
     ModelKey,
     Placement,
 )
-from xandrouting.engines.base import EngineAdapter, ModelFacts
+from xandrouting.engines.base import EngineAdapter, ModelFacts, StateFacts
 from xandrouting.inventory.gguf import GgufHeader
 from xandrouting.inventory.model_file import ModelFile, Snapshot
 from xandrouting.proxy.request import Routing
@@ -243,29 +243,41 @@ def facts_of(file: ModelFile) -> ModelFacts:
         head_count_kv=header.head_count_kv,
         key_length=header.key_length,
         value_length=header.value_length,
-        latent_length=_latent_length(header),
+        key_length_swa=header.key_length_swa,
+        value_length_swa=header.value_length_swa,
+        keys_only=header.key_length_mla is not None,
         sliding_window=header.sliding_window,
         sliding_pattern=header.sliding_window_pattern,
+        state=_state(header),
+        recurrent_pattern=header.recurrent_layers,
+        uncached_layers=(header.shared_kv_layers or 0) + (header.nextn_predict_layers or 0),
+        tensor_bytes=header.tensor_bytes,
         type_bytes=header.type_bytes,
         block_bytes=header.block_bytes,
         embedding_bytes=header.embedding_bytes,
+        embedding_type=header.embedding_type,
         output_bytes=header.output_bytes,
         mmproj_bytes=file.mmproj_bytes,
     )
 
 
-def _feed_forward(header: GgufHeader) -> int | None:
+def _feed_forward(header: GgufHeader) -> int:
     """Return how wide the layers are that work on one token, the widest of all."""
-    widths = header.feed_forward_length
-    dense = max(widths, default=0) if isinstance(widths, tuple) else widths
-    if not header.expert_feed_forward_length:
-        return dense
-    experts = header.expert_feed_forward_length * (header.expert_used_count or 1)
-    return max(dense or 0, experts + (header.expert_shared_feed_forward_length or 0))
+    expert = _widest(header.expert_feed_forward_length) * _widest(header.expert_used_count)
+    shared = header.expert_shared_feed_forward_length or 0
+    return max(_widest(header.feed_forward_length), expert + shared)
 
 
-def _latent_length(header: GgufHeader) -> int | None:
-    """Return what one token's latent takes in a model that caches latents for all heads."""
-    if header.key_length_mla is None or header.kv_lora_rank is None:
+def _widest(number: int | tuple[int, ...] | None) -> int:
+    return max(number, default=0) if isinstance(number, tuple) else number or 0
+
+
+def _state(header: GgufHeader) -> StateFacts | None:
+    if not header.ssm_state_size or not header.ssm_inner_size:
         return None
-    return header.kv_lora_rank + (header.rope_dimensions or 0)
+    return StateFacts(
+        conv_kernel=header.ssm_conv_kernel or 0,
+        inner_size=header.ssm_inner_size,
+        state_size=header.ssm_state_size,
+        group_count=header.ssm_group_count or 0,
+    )
