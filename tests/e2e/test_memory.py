@@ -92,7 +92,7 @@ def test_decision_is_kept_with_the_load(serve_own: Serve) -> None:
     assert decision["victims"] == decision["alternatives"] == []
     terms = decision["estimate"]["host"]
     file_bytes = (server.models / "a/a.gguf").stat().st_size
-    assert terms["weights_bytes"] == file_bytes
+    assert 0.95 * file_bytes < terms["weights_bytes"] <= file_bytes
     assert terms["kv_cache_bytes"] == 1024 * 30 * 2 * 3 * 64 * 2  # layers, K and V, heads, f16
     parts = ("weights_bytes", "kv_cache_bytes", "compute_bytes", "overhead_bytes")
     assert sum(terms[part] for part in parts) == terms["total_bytes"]
@@ -126,11 +126,11 @@ def test_system_adds_up(serve_own: Serve) -> None:
     wait_for(lambda: is_measured(server, B))
 
     def as_measured() -> bool:
-        """What was promised counts until an engine has worked and was measured after that."""
+        """The most that was measured counts; until an engine has worked, what was promised."""
         both = host_of(server.system())
         assert both["reserved_bytes"] == 0
         taken = sum(item["memory"]["measured_bytes"] for item in server.loaded())
-        return bool(both["used_bytes"] == pytest.approx(taken, rel=0.02))
+        return bool(taken <= both["used_bytes"] <= 1.05 * taken)
 
     wait_for(as_measured, 10)
     wait_for(lambda: adds_up(server))
@@ -314,6 +314,15 @@ def test_two_contexts_cause_one_reload(serve_own: Serve, at_once: bool) -> None:
     assert server.starts() == 2
     assert server.stats()["loads"] == 2
     assert item_of(server, A)["n_ctx"] == 4096
+
+
+def test_reload_serves_both_who_ask_for_more_of_different_things(serve_own: Serve) -> None:
+    server = serve_own("a")
+    for asked in [{"n_ctx": 4096, "n_parallel": 1}, {"n_ctx": 2048, "n_parallel": 2}] * 3:
+        assert ok(server.chat(model=A, max_tokens=2, **asked))
+    assert server.starts() == 2
+    item = item_of(server, A)
+    assert (item["n_ctx"], item["n_parallel"]) == (4096, 2)
 
 
 # Pins.

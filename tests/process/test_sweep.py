@@ -64,6 +64,9 @@ def bystander(mark: str = "") -> Iterator[psutil.Process]:
     env = os.environ | {sweep.MARK: mark}
     with subprocess.Popen(["sleep", "60"], env=env) as process:
         try:
+            # The exec is over for us a moment before the kernel shows its environment.
+            environment = Path(f"/proc/{process.pid}/environ")
+            wait_for(lambda: f"{sweep.MARK}={mark}\0".encode() in environment.read_bytes())
             yield psutil.Process(process.pid)
         finally:
             process.kill()

@@ -266,8 +266,6 @@ async def test_an_engine_that_takes_questions_and_never_answers_stalls() -> None
     handle = engine(load_s=1.0)
     client = cast("Client", Asked(answer))
     with pytest.raises(StartError) as caught:
-        await until_ready(
-            handle, WITH_LINE, client, stall_s=30.0, health=http_health
-        )
+        await until_ready(handle, WITH_LINE, client, stall_s=30.0, health=http_health)
     assert caught.value.failure is StartFailure.STALLED
     assert 30.0 <= now() <= 31.0 + ANSWER_S + POLL_MAX_S

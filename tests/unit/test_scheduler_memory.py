@@ -660,6 +660,19 @@ def test_where_nobody_tells_whose_a_card_s_memory_is_a_load_is_not_somebody_else
     assert scheduler.handle(Acquire(B, CARD_FIVE), now=2.0) == []
 
 
+def test_an_engine_that_was_only_loaded_keeps_its_promise() -> None:
+    scheduler = of_ten()
+    scheduler.handle(Acquire(A, SIX, works=False), now=0.0)
+    scheduler.handle(EngineReady(SIX_1), now=1.0)
+    scheduler.handle(Release(A), now=1.0)
+    scheduler.handle(uses(SIX_1, 5), now=2.0)
+    assert charged(scheduler, SIX) == 6  # its first request will take the rest
+    scheduler.handle(Acquire(B, SIX), now=3.0)
+    scheduler.handle(Release(B), now=4.0)
+    scheduler.handle(uses(SIX_1, 5.5), now=5.0)
+    assert charged(scheduler, SIX) == 5.5
+
+
 # Out of memory at load, though it should have fitted.
 
 

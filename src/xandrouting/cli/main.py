@@ -73,7 +73,8 @@ def _settings(arguments: list[str]) -> Settings:
         return CliApp.run(Settings, cli_args=arguments)
     except ValidationError as error:
         lines = [
-            f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: {problem['msg']}"
+            f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: "
+            + problem["msg"].removeprefix("Value error, ")
             for problem in error.errors(include_url=False, include_input=False)
         ]
         _end("; ".join(lines))

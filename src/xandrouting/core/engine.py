@@ -41,6 +41,7 @@ class Engine:
     granted_at: float | None = None  # the last time; None: never
     uses: float = 0.0  # decayed, as of `granted_at`
     most: Counter[str] = field(default_factory=Counter)  # bytes it was ever measured to take
+    worked: bool = False
     settled: bool = False  # it has worked, so what was measured is all it takes
     retire: str | None = None  # why it shall leave as soon as those who wait for it were served
     leaves_for: Decision | None = None  # whose place it makes when it has ended its leases
@@ -67,12 +68,13 @@ class Engine:
         # Another revision: its file has been replaced.
         return self.spec.revision == spec.revision and covers(self.options, spec.wants)
 
-    def lend(self, ticket: Ticket, now: float) -> None:
-        """Give it one more lease."""
+    def lend(self, ticket: Ticket, now: float, *, works: bool) -> None:
+        """Give it one more lease; one that `works` has it take all its memory."""
         self.leases.add(ticket)
         self.idle_since = None
         self.uses = self.uses_at(now) + 1.0
         self.granted_at = now
+        self.worked = self.worked or works
 
     def uses_at(self, now: float) -> float:
         """How often it was asked for, older uses counting less."""
@@ -96,7 +98,7 @@ class Engine:
             self.most[HOST] = max(self.most[HOST], use.host_bytes)
         for device, taken in use.devices or ():
             self.most[device] = max(self.most[device], taken)
-        self.settled = self.settled or (self.granted_at is not None and not self.leases)
+        self.settled = self.settled or (self.worked and not self.leases)
         charge = dict(self.footprint.demands(self.placement))
         for device, most in self.most.items():
             charge[device] = most if self.settled else max(most, charge.get(device, 0))

@@ -24,7 +24,8 @@ class Acquire:
     """A request wants an engine. `ttl_s` None: it does not say; 0: never unload when idle.
 
     `deadline` is when it gives up waiting, `queue_deadline` when it does if its engine has not
-    even begun to start by then; None: it waits for as long as it takes.
+    even begun to start by then; None: it waits for as long as it takes. `works`: the engine
+    will be asked for something; a mere load only wants it there.
     """
 
     ticket: Ticket
@@ -32,6 +33,7 @@ class Acquire:
     ttl_s: float | None = None
     deadline: float | None = None
     queue_deadline: float | None = None
+    works: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ class Waiter:
     ttl_s: float | None
     arrived_at: float
     number: int
+    works: bool
 
 
 @dataclass(slots=True)
@@ -64,7 +65,7 @@ class Queue:
         """Let a request wait at the end of its line."""
         self._arrivals += 1
         key = ask.spec.key
-        waiter = Waiter(ask.ticket, ask.spec, ask.ttl_s, now, self._arrivals)
+        waiter = Waiter(ask.ticket, ask.spec, ask.ttl_s, now, self._arrivals, ask.works)
         self._lines.setdefault(key, Line()).waiters[ask.ticket] = waiter
         self._keys[ask.ticket] = key
         if ask.deadline is not None:

@@ -235,7 +235,7 @@ class Scheduler:
         engine = self._engines.get(key)
         if engine is not None and not self._closing and engine.serves(ask.spec):
             # Whoever waits for this key already asks for options the engine does not have.
-            self._grant(ask.ticket, engine, ask.ttl_s, now, effects)
+            self._grant(ask, engine, now, effects)
             return
         refusal = self._refusal(ask.spec, engine, now)
         if refusal is not None:
@@ -283,7 +283,7 @@ class Scheduler:
         for waiter in [] if line is None else list(line.waiters.values()):
             if engine.serves(waiter.spec):
                 self._leave_line(waiter.ticket)
-                self._grant(waiter.ticket, engine, waiter.ttl_s, now, effects)
+                self._grant(waiter, engine, now, effects)
         if engine.retire is not None:
             self._drain(engine, engine.retire, effects)
         self._advance(now, effects)
@@ -563,18 +563,13 @@ class Scheduler:
         effects.append(Start(engine.id, spec, engine.options, engine.placement, decision))
 
     def _grant(
-        self,
-        ticket: Ticket,
-        engine: Engine,
-        ttl_s: float | None,
-        now: float,
-        effects: list[Effect],
+        self, ask: Acquire | Waiter, engine: Engine, now: float, effects: list[Effect]
     ) -> None:
-        self._tickets[ticket] = engine
-        engine.lend(ticket, now)
-        if ttl_s is not None:
-            engine.ttl_s = ttl_s
-        effects.append(Grant(ticket, engine.id))
+        self._tickets[ask.ticket] = engine
+        engine.lend(ask.ticket, now, works=ask.works)
+        if ask.ttl_s is not None:
+            engine.ttl_s = ask.ttl_s
+        effects.append(Grant(ask.ticket, engine.id))
 
     def _refuse(self, ticket: Ticket, error: GatewayError, effects: list[Effect]) -> None:
         self._leave_line(ticket)

@@ -77,25 +77,25 @@ class Turns:
         return max(fair_at, engine.ready_at + self._min_residency_s)
 
     def _fewest_that_help(
-        self, busy: Iterable[Engine], amounts: Amounts, leaving: Amounts
+        self, busy: Iterable[Engine], amounts: Amounts, leaving: Counter[str]
     ) -> list[Engine]:
         """Return those that have to go too, the ones with the fewest leases first."""
         ledger = self._weigher.ledger
+        lacking = ledger.lacks(amounts, freed=leaving)
         chosen: list[Engine] = []
         for engine in sorted(busy, key=lambda e: (len(e.leases), e.granted_at)):
-            lacking = ledger.lacks(amounts, freed=self._with(leaving, chosen))
             charge = ledger.charge_of(engine.id)
             if any(charge.get(resource) for resource in lacking):
                 chosen.append(engine)
-        if ledger.lacks(amounts, freed=self._with(leaving, chosen)):
+                leaving.update(charge)
+                lacking = ledger.lacks(amounts, freed=leaving)
+        if lacking:
             return []  # one that loads has it: nobody need go before that one can
-        for engine in list(chosen):
-            others = [other for other in chosen if other is not engine]
-            if not ledger.lacks(amounts, freed=self._with(leaving, others)):
-                chosen = others
-        return chosen
-
-    def _with(self, leaving: Amounts, engines: Iterable[Engine]) -> Amounts:
-        together = self._weigher.charges(engines)
-        together.update(leaving)
-        return together
+        needed = []
+        for engine in chosen:
+            charge = ledger.charge_of(engine.id)
+            leaving.subtract(charge)
+            if ledger.lacks(amounts, freed=leaving):
+                leaving.update(charge)
+                needed.append(engine)
+        return needed

@@ -53,6 +53,7 @@ class Loads:
             wait_s=wait_s,
             queue_wait_s=self._inference.max_queue_wait_s,
             spelling=wanted.model,
+            works=False,
         )
 
     async def finish(self, claim: Claim) -> LoadedItem:

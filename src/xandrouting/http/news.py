@@ -37,7 +37,8 @@ class Newsroom:
         if not engine.spec.key.is_local:
             return
         found = None if self._pool is None else self._pool.view(engine.spec.key)
-        view = found[0] if found is not None and found[1] is engine else None
+        there = found is not None and found[1] is engine and item.news is not News.GONE
+        view = found[0] if found is not None and there else None
         now = asyncio.get_running_loop().time()
         deadline = None if view is None else view.idle_deadline()
         data: dict[str, Any] = {
@@ -50,7 +51,7 @@ class Newsroom:
             "at": time.time(),
             "memory_bytes": engine.memory.host_bytes,
             "device_bytes": engine.memory.device_bytes,
-            "load_seconds": engine.load_seconds,
+            "load_seconds": None if engine.load_seconds is None else round(engine.load_seconds, 3),
             "active": 0 if view is None else view.active,
             "pinned": False if view is None else view.pinned,
             "expires_at": None if deadline is None else time.time() + deadline - now,

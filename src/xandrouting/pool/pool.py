@@ -179,11 +179,13 @@ class EnginePool:
         wait_s: float | None = None,
         queue_wait_s: float | None = None,
         spelling: str | None = None,
+        works: bool = True,
     ) -> Claim:
         """Ask for an engine; the claim may be granted already when this returns.
 
         `spelling` is the model's name as the client wrote it, for the lists. After `wait_s`
         of waiting the claim is refused, and after `queue_wait_s` if its engine does not load.
+        `works` False: the engine will not be asked for anything, it shall only be there.
         """
         now = self._loop.time()
         claim = Claim(self, Ticket(next(self._numbers)), spec.key, now)
@@ -192,7 +194,7 @@ class EnginePool:
             self._spellings[spec.key] = spelling
         deadline = None if wait_s is None else now + wait_s
         queue_deadline = None if queue_wait_s is None else now + queue_wait_s
-        self._dispatch(Acquire(claim.ticket, spec, ttl_s, deadline, queue_deadline))
+        self._dispatch(Acquire(claim.ticket, spec, ttl_s, deadline, queue_deadline, works))
         claim.hit = claim.engine is not None
         return claim
 
@@ -405,11 +407,11 @@ class EnginePool:
                 f"Starting {engine.spec.key.model} failed inside the server."
             )
         finally:
+            log.info("engine gone engine=%s", engine.id)
+            self._on_news(EngineNews(News.GONE, engine, error=failure))
             self._dispatch(EngineExited(engine.id, failure))
             del self._engines[engine.id]
             engine.gone.set()
-            log.info("engine gone engine=%s", engine.id)
-            self._on_news(EngineNews(News.GONE, engine, error=failure))
 
     async def _live(self, engine: Engine, kind: Kind) -> GatewayError | None:
         """Run the engine to its end; return why it never became ready, if it did not."""
