@@ -28,7 +28,7 @@ from xandrouting.core.model import (
 from xandrouting.core.planner import Verdict
 from xandrouting.engines.base import Phase
 from xandrouting.launch.base import Survey
-from xandrouting.pool.engine import EngineNews, Loading, News
+from xandrouting.pool.engine import EngineNews, News
 from xandrouting.pool.figure_store import FigureStore
 from xandrouting.pool.learning import Learning
 from xandrouting.pool.pool import FREED_WAIT_S, EnginePool
@@ -312,7 +312,3 @@ async def test_pinned_engines_stay() -> None:
         pool.pin(QWEN.key.model, pinned=False)
         await asyncio.sleep(11.0)
         assert pool.view(QWEN.key) is None
-
-
-def test_a_load_that_says_nothing_has_no_figure() -> None:
-    assert Loading(Phase.STARTING, None, None).fraction is None
