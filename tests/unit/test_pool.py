@@ -449,7 +449,7 @@ async def test_who_waits_learns_why_the_start_failed(failure: StartFailure) -> N
         assert "{" not in first.message
         assert first.message.endswith(".")
         assert first.retry_after_s == retry_after_s
-        assert first.details == {"reason": failure.value}
+        assert first.details == {"reason": failure.value, "exit_code": 1}
         assert first.detail.splitlines() == [f"line {n}" for n in range(10, 30)]
         assert (pool.loads, pool.load_failures) == (0, 1)
         assert launcher.journal == ["started qwen#1", "exited qwen#1"]

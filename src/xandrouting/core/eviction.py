@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +33,10 @@ class Candidate:
         much it was used before.
         """
         return self.reload_s * self.uses / (self.idle_s + 1.0)
+
+
+Choose = Callable[[Mapping[str, int], Iterable[Candidate]], "list[Candidate] | None"]
+"""A policy: who leaves so that nothing lacks; None: all together are too few. See `choose`."""
 
 
 def decayed(uses: float, seconds: float) -> float:

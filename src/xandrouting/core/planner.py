@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Final, Self
 
 from xandrouting.core.cover import fill
-from xandrouting.core.eviction import Candidate, choose
+from xandrouting.core.eviction import Candidate, Choose, choose
 from xandrouting.core.ledger import Amounts, DeviceState, Ledger
 from xandrouting.core.model import (
     ENGINES,
@@ -112,7 +112,7 @@ class Surroundings:
     """What a plan is made among.
 
     `leaving` is what engines give back that leave already, `staying` what those hold that
-    leave for nobody, `candidates` those that could be asked to.
+    leave for nobody, `candidates` those that could be asked to, `choose` picks among them.
     """
 
     ledger: Ledger
@@ -120,6 +120,7 @@ class Surroundings:
     leaving: Amounts
     staying: Amounts
     candidates: Sequence[Candidate]
+    choose: Choose = choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +286,8 @@ def _with(spec: EngineSpec, options: LoadOptions, among: Surroundings) -> Plan |
             return Plan(Verdict.WAIT, options, attempt.placement)
     evicting = []
     for attempt in tries:
-        victims = choose(ledger.lacks(attempt.amounts, freed=among.leaving), among.candidates)
+        lacking = ledger.lacks(attempt.amounts, freed=among.leaving)
+        victims = among.choose(lacking, among.candidates)
         if victims is not None:
             loss = sum(victim.loss for victim in victims)
             evicting.append((loss, Plan(Verdict.EVICT, options, attempt.placement, (*victims,))))

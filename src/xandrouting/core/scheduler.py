@@ -44,6 +44,7 @@ from xandrouting.core.events import (
     Tick,
     Unload,
 )
+from xandrouting.core.eviction import Choose, choose
 from xandrouting.core.figures import Figures
 from xandrouting.core.ledger import DeviceState, Ledger
 from xandrouting.core.model import (
@@ -76,6 +77,7 @@ class Scheduler:
         ledger: Ledger,
         *,
         figures: Figures | None = None,
+        choose: Choose = choose,
         default_ttl_s: float = 300.0,
         max_queue: int | None = None,
         fair_wait_s: float = 5.0,
@@ -84,7 +86,7 @@ class Scheduler:
         backoff_max_s: float = 60.0,
     ) -> None:
         self._ledger = ledger
-        self._weigher = Weigher(ledger, Figures() if figures is None else figures)
+        self._weigher = Weigher(ledger, Figures() if figures is None else figures, choose)
         self._default_ttl_s = default_ttl_s
         self._max_queue = max_queue
         self._turns = Turns(self._weigher, fair_wait_s=fair_wait_s, min_residency_s=min_residency_s)

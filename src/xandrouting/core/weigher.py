@@ -10,7 +10,7 @@ from functools import partial
 from xandrouting.core import planner
 from xandrouting.core.cover import fill
 from xandrouting.core.engine import Engine
-from xandrouting.core.eviction import Candidate
+from xandrouting.core.eviction import Candidate, Choose, choose
 from xandrouting.core.figures import Figures
 from xandrouting.core.ledger import Amounts, DeviceState, Ledger
 from xandrouting.core.model import (
@@ -39,9 +39,10 @@ class Together:
 class Weigher:
     """The ledger and the figures of earlier loads, asked together."""
 
-    def __init__(self, ledger: Ledger, figures: Figures) -> None:
+    def __init__(self, ledger: Ledger, figures: Figures, choose: Choose = choose) -> None:
         self.ledger = ledger
         self._figures = figures
+        self._choose = choose
 
     def footprint(self, spec: EngineSpec, options: LoadOptions, placement: Placement) -> Footprint:
         """Return what such an engine takes: as seen before, else as estimated."""
@@ -79,6 +80,7 @@ class Weigher:
             self.charges(leaving),
             self.charges(staying),
             tuple(candidates),
+            self._choose,
         )
 
     def charges(self, engines: Iterable[Engine]) -> Counter[str]:

@@ -32,6 +32,9 @@ _NO_GPUS: Final = NoGpus()
 log = logging.getLogger(__name__)
 
 HOST: Final = "127.0.0.1"
+Hear = Callable[[EngineId, str], None]
+"""Takes each line an engine prints."""
+
 TAIL_LINES: Final = 200
 TAIL_CHARACTERS: Final = 2_000  # of each line
 _LINE_BYTES: Final = 64 * 1024  # of a line that does not end, the rest is dropped
@@ -61,8 +64,9 @@ def reserve_port() -> int:
 class EngineLog:
     """The last lines an engine printed, and whether one of them said that it is ready."""
 
-    def __init__(self, engine: EngineId, ready_line: str | None) -> None:
+    def __init__(self, engine: EngineId, ready_line: str | None, hear: Hear) -> None:
         self.printed_bytes = 0
+        self._hear = hear
         self.ready = asyncio.Event()
         self._engine = engine
         self._ready_line = ready_line
@@ -95,7 +99,7 @@ class EngineLog:
         shown = raw.rstrip(b"\r").rpartition(b"\r")[2]
         line = shown.decode(errors="replace")[:TAIL_CHARACTERS]
         self._lines.append(line)
-        log.debug("engine output engine=%s line=%s", self._engine, line)
+        self._hear(self._engine, line)
         if self._ready_line is not None and line.startswith(self._ready_line):
             self.ready.set()
 
@@ -161,6 +165,7 @@ class LocalHandle:
         mark: str,
         run_dir: Path | None,
         gauge: Gauge,
+        hear: Hear,
     ) -> None:
         """Watch over a guard just started. Needs a running loop."""
         self.base_url = f"http://{HOST}:{port}"
@@ -177,7 +182,7 @@ class LocalHandle:
         self._gauge = gauge
         self._told_to_stop = False
         self._oom_kills = host_memory.oom_kills()
-        self._log = EngineLog(engine, plan.ready_line)
+        self._log = EngineLog(engine, plan.ready_line, hear)
         self._control = b""
         self._told_status: int | None = None  # as the guard told it; None: it did not live to
         self._life: sweep.Life | None = None
@@ -306,8 +311,17 @@ class LocalHandle:
 class LocalLauncher:
     """Runs engines on this machine and sees to their end."""
 
-    def __init__(self, run_dir: Path | None = None, gpus: Gpus = _NO_GPUS) -> None:
-        """Remember live engines in `run_dir` for `sweep`; None: do not."""
+    def __init__(
+        self,
+        run_dir: Path | None = None,
+        gpus: Gpus = _NO_GPUS,
+        hear: Hear = lambda _engine, _line: None,
+    ) -> None:
+        """Remember live engines in `run_dir` for `sweep`; None: do not.
+
+        `hear` is given each line an engine prints, in the loop's thread.
+        """
+        self._hear = hear
         self._run_dir = run_dir
         self._gauge = Gauge(gpus)
         self._handles: set[LocalHandle] = set()
@@ -333,6 +347,7 @@ class LocalLauncher:
             mark=mark,
             run_dir=self._run_dir,
             gauge=self._gauge,
+            hear=self._hear,
         )
         self._handles.add(handle)
         handle.watch.add_done_callback(lambda _: self._handles.discard(handle))

@@ -65,13 +65,16 @@ _FACES: dict[StartFailure, tuple[type[GatewayError], str]] = {
 
 
 def start_error(
-    model: str, failure: StartFailure, tail: Sequence[str], *, stall_s: float
+    model: str, failure: StartFailure, tail: Sequence[str], *, stall_s: float, status: int | None
 ) -> GatewayError:
-    """Return the error those who wait for `model` get; the last 20 lines go to `detail`."""
+    """Return the error those who wait for `model` get; the last 20 lines go to `detail`.
+
+    `status` is the engine's exit status; None: it did not end by itself.
+    """
     kind, text = _FACES[failure]
     return kind(
         text.format(model=model, stall_s=stall_s),
         detail="\n".join(tail[-20:]),
-        details={"reason": str(failure)},
+        details={"reason": str(failure), "exit_code": status},
         retry_after_s=5.0 if kind.status == 503 else None,
     )

@@ -447,8 +447,9 @@ class EnginePool:
             if failure is StartFailure.KILLED and handle.killed_for_memory:
                 failure = StartFailure.OUT_OF_MEMORY
             model = engine.spec.key.model
+            tail, stall_s = handle.tail(), self._load_stall_s
             return self._failed(
-                engine, start_error(model, failure, handle.tail(), stall_s=self._load_stall_s)
+                engine, start_error(model, failure, tail, stall_s=stall_s, status=error.status)
             )
         finally:
             if engine.client is not None:
