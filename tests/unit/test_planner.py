@@ -78,6 +78,7 @@ class World:
             self.leaving,
             self.staying,
             self.candidates,
+            {},
         )
 
     def plan(self, spec: EngineSpec, wants: LoadOptions | None = None) -> Plan:

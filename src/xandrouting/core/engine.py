@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from xandrouting.core.cover import covers
-from xandrouting.core.engine_state import EngineState
+from xandrouting.core.engine_state import EngineEvent, EngineState, step
 from xandrouting.core.eviction import decayed
 from xandrouting.core.ledger import Amounts
 from xandrouting.core.model import (
@@ -53,8 +53,13 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is ready and has no leases."""
-        return self.idle_since is not None
+        """Whether it is ready or sleeps, and has no leases."""
+        return self.idle_since is not None and self.state is not EngineState.SUSPENDING
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether its model is not in memory, or on its way out."""
+        return self.state in (EngineState.SUSPENDING, EngineState.SLEEPING)
 
     def serves(self, spec: EngineSpec) -> bool:
         """Whether a request may have a lease on it now."""
@@ -86,12 +91,30 @@ class Engine:
         """When its idle TTL ends; None while that clock does not run."""
         return _idle_deadline(self.state, self.idle_since, self.ttl_s)
 
+    def sleep_deadline(self, soft_idle_s: float) -> float | None:
+        """When it has been idle for long enough to sleep; None: it does not."""
+        if self.state is not EngineState.READY or self.spec.sleeper_bytes is None:
+            return None
+        return None if self.idle_since is None else self.idle_since + soft_idle_s
+
+    def wake(self, spec: EngineSpec, wants: LoadOptions, decision: Decision) -> None:
+        """Load again, as decided anew: what it was seen to take before says nothing now."""
+        self.state = step(self.state, EngineEvent.WAKE)
+        self.spec, self.wants, self.decision = spec, wants, decision
+        self.options, self.placement = decision.options, decision.placement
+        self.footprint = decision.footprint
+        self.idle_since = self.ready_at = None
+        self.most.clear()
+        self.worked = self.settled = False
+
     def charge_for(self, use: MemoryUse) -> Amounts | None:
         """Return what to charge it, now that it was seen to take this; None: as before.
 
         Until it has worked and rests, what was promised to it counts too: an engine takes some
         of its memory only with its first request. One that starts keeps what it was promised.
         """
+        if self.state is EngineState.SLEEPING and use.host_bytes is not None:
+            return {HOST: use.host_bytes}
         if self.state not in (EngineState.READY, EngineState.DRAINING):
             return None
         if use.host_bytes is not None:
@@ -133,6 +156,6 @@ class EngineView:
 
 
 def _idle_deadline(state: EngineState, idle_since: float | None, ttl_s: float) -> float | None:
-    if idle_since is None or ttl_s == 0 or state is not EngineState.READY:
+    if idle_since is None or ttl_s == 0 or state not in (EngineState.READY, EngineState.SLEEPING):
         return None
     return idle_since + ttl_s

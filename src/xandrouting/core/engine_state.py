@@ -19,6 +19,8 @@ class EngineState(StrEnum):
 
     STARTING = "starting"  # launched or being placed; the health probe has not passed yet
     READY = "ready"  # takes new leases
+    SUSPENDING = "suspending"  # told to give its memory back, which still counts; takes no lease
+    SLEEPING = "sleeping"  # its process waits, its model is not in memory
     DRAINING = "draining"  # takes no new lease; the leases it has run to their end
     STOPPING = "stopping"  # told to exit; its memory still counts
     STOPPED = "stopped"  # exited and reaped; its memory is free again
@@ -28,6 +30,9 @@ class EngineEvent(StrEnum):
     """What happens to an engine."""
 
     READY = "ready"  # the health probe passed
+    SLEEP = "sleep"  # it is told to give its memory back
+    SLEPT = "slept"  # it has
+    WAKE = "wake"  # it is told to load again
     DRAIN = "drain"  # it shall leave once its leases have ended
     STOP = "stop"  # it is told to exit
     EXITED = "exited"  # its process tree is gone and reaped
@@ -37,11 +42,19 @@ S, E = EngineState, EngineEvent
 
 TRANSITIONS: Final[dict[EngineState, dict[EngineEvent, EngineState]]] = {
     S.STARTING: {E.READY: S.READY, E.STOP: S.STOPPING, E.EXITED: S.STOPPED},
-    S.READY: {E.DRAIN: S.DRAINING, E.STOP: S.STOPPING, E.EXITED: S.STOPPED},
+    S.READY: {
+        E.SLEEP: S.SUSPENDING,
+        E.DRAIN: S.DRAINING,
+        E.STOP: S.STOPPING,
+        E.EXITED: S.STOPPED,
+    },
+    S.SUSPENDING: {E.SLEPT: S.SLEEPING, E.STOP: S.STOPPING, E.EXITED: S.STOPPED},
+    S.SLEEPING: {E.WAKE: S.STARTING, E.STOP: S.STOPPING, E.EXITED: S.STOPPED},
     S.DRAINING: {E.DRAIN: S.DRAINING, E.STOP: S.STOPPING, E.EXITED: S.STOPPED},
-    # READY here is news that was on its way when the engine was told to stop.
+    # READY and SLEPT here are news that was on its way when the engine was told to stop.
     S.STOPPING: {
         E.READY: S.STOPPING,
+        E.SLEPT: S.STOPPING,
         E.DRAIN: S.STOPPING,
         E.STOP: S.STOPPING,
         E.EXITED: S.STOPPED,

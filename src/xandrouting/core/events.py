@@ -56,6 +56,13 @@ class EngineReady:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineSlept:
+    """The engine has given its memory back and waits to be woken."""
+
+    engine: EngineId
+
+
+@dataclass(frozen=True, slots=True)
 class EngineExited:
     """The engine's process tree is gone. `failure` says why it never became ready."""
 
@@ -81,10 +88,15 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The memory was measured: each device, and what the engines take that could be read."""
+    """The memory was measured: each device, and what the engines take that could be read.
+
+    `spare_bytes` of main memory are processes that wait for a load. They are given up when
+    memory is short, so they count as free.
+    """
 
     devices: tuple[DeviceReading, ...]
     engines: Mapping[EngineId, MemoryUse] = field(default_factory=dict)
+    spare_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +112,22 @@ class Shutdown:
 
 
 Event: TypeAlias = (
-    Acquire | Release | EngineReady | EngineExited | Unload | Pin | Measured | Tick | Shutdown
+    Acquire
+    | Release
+    | EngineReady
+    | EngineSlept
+    | EngineExited
+    | Unload
+    | Pin
+    | Measured
+    | Tick
+    | Shutdown
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start this engine with these options, all of them settled.
+    """Start this engine with these options, all of them settled; or wake it, if it sleeps.
 
     Every start and every eviction carries the decision that led to it.
     """
@@ -115,7 +136,22 @@ class Start:
     spec: EngineSpec
     options: LoadOptions
     placement: Placement = ()
+    wakes: bool = False
     decision: Decision | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """This model is to be loaded once there is room: have its files read ahead."""
+
+    spec: EngineSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Have this engine give its memory back and wait."""
+
+    engine: EngineId
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,4 +183,4 @@ class Refuse:
     error: GatewayError
 
 
-Effect: TypeAlias = Start | Stop | Grant | Refuse
+Effect: TypeAlias = Start | Prepare | Sleep | Stop | Grant | Refuse

@@ -154,7 +154,8 @@ class EngineSpec:
     this machine, or an upstream's base URL. `placements` are where it may run, the best
     first. `revision` changes when the source does, so a failure of the old file is not held
     against the new one. `learned_as` names the file and the engine's version, for figures of
-    earlier loads; empty: none are kept.
+    earlier loads; empty: none are kept. `sleeper_bytes` is what the engine's process takes of
+    main memory while it sleeps; None: it cannot sleep.
     """
 
     key: ModelKey
@@ -166,6 +167,8 @@ class EngineSpec:
     revision: str = ""
     learned_as: str = ""
     mmproj: str | None = None  # the projector file that gives the model eyes
+    files: tuple[str, ...] = ()  # what a load reads, and may be read ahead
+    sleeper_bytes: int | None = None
     siblings: tuple[tuple[str, Cost], ...] = ()  # the same model in other quantizations on disk
 
 

@@ -113,6 +113,7 @@ class Surroundings:
 
     `leaving` is what engines give back that leave already, `staying` what those hold that
     leave for nobody, `candidates` those that could be asked to, `choose` picks among them.
+    `own` is what the engine holds already: one that sleeps and is woken in its own place.
     """
 
     ledger: Ledger
@@ -120,6 +121,7 @@ class Surroundings:
     leaving: Amounts
     staying: Amounts
     candidates: Sequence[Candidate]
+    own: Amounts
     choose: Choose = choose
 
 
@@ -277,7 +279,7 @@ def _concessions(spec: EngineSpec, options: LoadOptions) -> Iterator[tuple[str, 
 def _with(spec: EngineSpec, options: LoadOptions, among: Surroundings) -> Plan | None:
     """Return how an engine with just these options can be had; None: not now."""
     ledger, tries = among.ledger, _tries(spec, options, among)
-    fitting = [attempt for attempt in tries if not ledger.lacks(attempt.amounts)]
+    fitting = [attempt for attempt in tries if not ledger.lacks(attempt.amounts, freed=among.own)]
     if fitting:
         roomiest = max(fitting, key=lambda attempt: _room(attempt.placement, ledger))
         return Plan(Verdict.LOAD, options, roomiest.placement)

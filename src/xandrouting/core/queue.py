@@ -29,13 +29,14 @@ class Line:
     """Those who wait for one engine. A line is never empty.
 
     `victims` have left for it already. `after` are engines whose memory a second try waits
-    for, `tried_again` whether it was one.
+    for, `tried_again` whether it was one. `prepared`: its files are being read ahead.
     """
 
     waiters: dict[Ticket, Waiter] = field(default_factory=dict)
     victims: tuple[Victim, ...] = ()
     after: set[EngineId] = field(default_factory=set)
     tried_again: bool = False
+    prepared: bool = False
 
     @property
     def first(self) -> Waiter:

@@ -13,6 +13,8 @@ The rules, each tested as a property (`tests/unit/test_scheduler_machine.py`):
   every engine is busy, one of them takes no new leases any more, so nobody waits for ever.
 - Two models that share one place do not take turns with every request (`turns.py`).
 - One engine per key at a time; the next incarnation starts when the last one is gone.
+- One that was idle for `soft_idle_s` sleeps, if it can: it keeps its process and gives back
+  its memory. Waking it is a load like any other, with a place in the queue and in the ledger.
 """
 
 from __future__ import annotations
@@ -32,13 +34,16 @@ from xandrouting.core.events import (
     Effect,
     EngineExited,
     EngineReady,
+    EngineSlept,
     Event,
     Grant,
     Measured,
     Pin,
+    Prepare,
     Refuse,
     Release,
     Shutdown,
+    Sleep,
     Start,
     Stop,
     Tick,
@@ -49,6 +54,7 @@ from xandrouting.core.figures import Figures
 from xandrouting.core.ledger import DeviceState, Ledger
 from xandrouting.core.model import (
     ENGINES,
+    HOST,
     EngineId,
     EngineSpec,
     LoadOptions,
@@ -79,6 +85,7 @@ class Scheduler:
         figures: Figures | None = None,
         choose: Choose = choose,
         default_ttl_s: float = 300.0,
+        soft_idle_s: float | None = None,
         max_queue: int | None = None,
         fair_wait_s: float = 5.0,
         min_residency_s: float = 0.0,
@@ -88,6 +95,7 @@ class Scheduler:
         self._ledger = ledger
         self._weigher = Weigher(ledger, Figures() if figures is None else figures, choose)
         self._default_ttl_s = default_ttl_s
+        self._soft_idle_s = soft_idle_s  # None: no engine sleeps
         self._max_queue = max_queue
         self._turns = Turns(self._weigher, fair_wait_s=fair_wait_s, min_residency_s=min_residency_s)
         self._engines: dict[ModelKey, Engine] = {}
@@ -110,6 +118,8 @@ class Scheduler:
                 self._release(event, now, effects)
             case EngineReady():
                 self._ready(event.engine, now, effects)
+            case EngineSlept():
+                self._slept(event.engine, now, effects)
             case EngineExited():
                 self._exited(event, now, effects)
             case Unload():
@@ -131,7 +141,8 @@ class Scheduler:
     def next_wakeup(self, *, now: float) -> float | None:  # noqa: ARG002 - what is past is gone
         """When time alone will change something; None: only an event will."""
         times = [self._queue.next_deadline(), self._look_again_at]
-        times += [self._idle_deadline(engine) for engine in self._engines.values()]
+        for engine in self._engines.values():
+            times += [self._idle_deadline(engine), self._sleep_deadline(engine)]
         return min((at for at in times if at is not None), default=None)
 
     def plan(self, spec: EngineSpec, *, now: float) -> Decision:
@@ -144,6 +155,8 @@ class Scheduler:
             wants, found = engine.wants, Plan(Verdict.HIT, engine.options, engine.placement)
         elif engine.will_serve(spec):
             wants, found = engine.wants, Plan(Verdict.WAIT, engine.options, engine.placement)
+        elif engine.sleeps:
+            wants, found = _planned((union(engine.wants, spec.wants), spec.wants), spec, among)
         else:
             wants, found = _planned((self._successor_of(engine, spec), spec.wants), spec, among)
             if found.verdict is not Verdict.NEVER:
@@ -179,8 +192,9 @@ class Scheduler:
         return [self._view(engine) for engine in self._engines.values()]
 
     def holds(self, key: ModelKey) -> bool:
-        """Whether an engine of this key is not gone."""
-        return key in self._engines
+        """Whether an engine of this key has its model in memory, or will have without us."""
+        engine = self._engines.get(key)
+        return engine is not None and not engine.sleeps
 
     def view(self, key: ModelKey) -> EngineView | None:
         """Return the engine of this key that is not gone yet."""
@@ -290,6 +304,15 @@ class Scheduler:
             self._drain(engine, engine.retire, effects)
         self._advance(now, effects)
 
+    def _slept(self, engine_id: EngineId, now: float, effects: list[Effect]) -> None:
+        engine = self._current(engine_id)
+        if engine is None:
+            return
+        engine.state = step(engine.state, EngineEvent.SLEPT)
+        if engine.state is EngineState.SLEEPING:
+            self._ledger.charge(engine.id, {HOST: engine.spec.sleeper_bytes or 0})
+            self._advance(now, effects)
+
     def _exited(self, event: EngineExited, now: float, effects: list[Effect]) -> None:
         engine = self._current(event.engine)
         if engine is None:
@@ -353,7 +376,7 @@ class Scheduler:
 
     def _measured(self, event: Measured, now: float, effects: list[Effect]) -> None:
         engines = {engine.id: engine for engine in self._engines.values()}
-        self._weigher.measured(event.devices, event.engines, engines)
+        self._weigher.measured(event.devices, event.engines, engines, event.spare_bytes)
         self._advance(now, effects)
 
     def _tick(self, now: float, effects: list[Effect]) -> None:
@@ -368,6 +391,11 @@ class Scheduler:
             deadline = self._idle_deadline(engine)
             if deadline is not None and deadline <= now:
                 self._stop(engine, "idle", effects)
+                continue
+            deadline = self._sleep_deadline(engine)
+            if deadline is not None and deadline <= now:
+                engine.state = step(engine.state, EngineEvent.SLEEP)
+                effects.append(Sleep(engine.id))
         self._advance(now, effects)
 
     def _shutdown(self, force: bool, effects: list[Effect]) -> None:
@@ -378,6 +406,8 @@ class Scheduler:
         for engine in self._engines.values():
             if force or engine.state is EngineState.STARTING:
                 self._stop(engine, "shutdown", effects, force=force)
+            elif engine.sleeps:
+                self._stop(engine, "shutdown", effects)
             elif engine.state is EngineState.READY:
                 self._drain(engine, "shutdown", effects)
 
@@ -420,7 +450,10 @@ class Scheduler:
             engine = self._engines.get(spec.key)
             if blocked and spec.key.is_local:
                 continue  # an upstream takes no room, so it need not wait for those who do
-            if engine is not None and engine.state is not EngineState.READY:
+            if engine is not None and engine.state not in (
+                EngineState.READY,
+                EngineState.SLEEPING,
+            ):
                 promised.add(spec.key)
                 continue
             if line.after:  # it ran out of memory, and those it waits for are not gone yet
@@ -436,10 +469,14 @@ class Scheduler:
                 error = self._too_large(spec, wants, found, among)
                 self._refuse(line.first.ticket, error, effects)
                 return False
-            if engine is not None:  # it does not cover what is asked
+            if engine is not None and not engine.sleeps:  # it does not cover what is asked
                 self._drain(engine, "options", effects)
                 promised.add(spec.key)
-            elif found.verdict is Verdict.WAIT:
+                continue
+            if spec.files and found.verdict is not Verdict.LOAD and not line.prepared:
+                line.prepared = True
+                effects.append(Prepare(spec))
+            if found.verdict is Verdict.WAIT:
                 self._make_fair(line.first, wants, found, among, promised, now, effects)
                 blocked = True
             else:
@@ -451,7 +488,8 @@ class Scheduler:
                 if found.victims:
                     blocked = True
                 else:
-                    self._start(spec, wants, _having_evicted(decision, line.victims), effects)
+                    decision = _having_evicted(decision, line.victims)
+                    self._start(spec, wants, decision, engine, effects)
         return True
 
     def _plan_for(
@@ -498,11 +536,11 @@ class Scheduler:
                 self._drain(engine, "evicted", effects)
 
     def _movable(self) -> list[Engine]:
-        """Return the ready engines that may be asked to leave for others."""
+        """Return the engines that may be asked to leave for others: ready ones and sleepers."""
         return [
             engine
             for engine in self._engines.values()
-            if engine.state is EngineState.READY
+            if engine.state in (EngineState.READY, EngineState.SLEEPING)
             and engine.counts
             and engine.id.key.model not in self._pinned
         ]
@@ -523,7 +561,10 @@ class Scheduler:
         """
         leaving, staying, candidates = [], [], []
         for engine in self._engines.values():
-            if engine is replaced or engine.state is EngineState.STOPPING:
+            if engine is replaced or engine.state in (
+                EngineState.STOPPING,
+                EngineState.SUSPENDING,
+            ):
                 if engine.id.key not in promised:
                     leaving.append(engine)
             elif engine.state is EngineState.DRAINING:
@@ -536,7 +577,13 @@ class Scheduler:
                 and self._turns.leaves_at(engine, arrived_at) <= now
             ):
                 candidates.append(self._weigher.candidate(engine, now))
-        return self._weigher.among(spec, leaving=leaving, staying=staying, candidates=candidates)
+        return self._weigher.among(
+            spec,
+            leaving=leaving,
+            staying=staying,
+            candidates=candidates,
+            woken=replaced if replaced is not None and replaced.sleeps else None,
+        )
 
     # Engines and tickets.
 
@@ -545,12 +592,34 @@ class Scheduler:
         return engine if engine is not None and engine.id == engine_id else None
 
     def _start(
-        self, spec: EngineSpec, wants: LoadOptions, decision: Decision, effects: list[Effect]
+        self,
+        spec: EngineSpec,
+        wants: LoadOptions,
+        decision: Decision,
+        sleeper: Engine | None,
+        effects: list[Effect],
     ) -> None:
+        """Start a new engine of the spec's key, or wake the one that sleeps."""
+        engine = self._new_engine(spec, wants, decision) if sleeper is None else sleeper
+        if sleeper is not None:
+            sleeper.wake(spec, wants, decision)
+        self._ledger.charge(engine.id, dict(engine.footprint.demands(engine.placement)))
+        effects.append(
+            Start(
+                engine.id,
+                spec,
+                engine.options,
+                engine.placement,
+                wakes=sleeper is not None,
+                decision=decision,
+            )
+        )
+
+    def _new_engine(self, spec: EngineSpec, wants: LoadOptions, decision: Decision) -> Engine:
         key = spec.key
         incarnation = self._incarnations[key] = self._incarnations.get(key, 0) + 1
         legacy = self._legacies.pop(key, None)
-        engine = Engine(
+        engine = self._engines[key] = Engine(
             EngineId(key, incarnation),
             spec,
             wants,
@@ -560,9 +629,7 @@ class Scheduler:
             decision,
             self._default_ttl_s if legacy is None else legacy.ttl_s,
         )
-        self._engines[key] = engine
-        self._ledger.charge(engine.id, dict(engine.footprint.demands(engine.placement)))
-        effects.append(Start(engine.id, spec, engine.options, engine.placement, decision))
+        return engine
 
     def _grant(
         self, ask: Acquire | Waiter, engine: Engine, now: float, effects: list[Effect]
@@ -592,11 +659,10 @@ class Scheduler:
         """Let the engine go once those it was promised to have been served."""
         if engine.state is EngineState.READY:
             self._drain(engine, reason, effects)
-        elif engine.state is EngineState.STARTING:
-            if self._queue.line(engine.id.key) is not None:
-                engine.retire = reason
-            else:
-                self._stop(engine, reason, effects)
+        elif engine.state is EngineState.STARTING and self._queue.line(engine.id.key) is not None:
+            engine.retire = reason
+        elif engine.state is EngineState.STARTING or engine.sleeps:
+            self._stop(engine, reason, effects)
 
     def _drain(self, engine: Engine, reason: str, effects: list[Effect]) -> None:
         engine.state = step(engine.state, EngineEvent.DRAIN)
@@ -619,6 +685,11 @@ class Scheduler:
 
     def _idle_deadline(self, engine: Engine) -> float | None:
         return None if engine.id.key.model in self._pinned else engine.idle_deadline()
+
+    def _sleep_deadline(self, engine: Engine) -> float | None:
+        if self._soft_idle_s is None or engine.id.key.model in self._pinned:
+            return None
+        return engine.sleep_deadline(self._soft_idle_s)
 
 
 def _having_evicted(decision: Decision, victims: tuple[Victim, ...]) -> Decision:

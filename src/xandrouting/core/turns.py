@@ -34,7 +34,7 @@ class Turns:
         since, ready_at = engine.idle_since, engine.ready_at
         assert since is not None
         assert ready_at is not None
-        if engine.granted_at is None or arrived_at >= since:
+        if engine.sleeps or engine.granted_at is None or arrived_at >= since:
             return since
         return min(ready_at + self._min_residency_s, since + LINGER_S)
 

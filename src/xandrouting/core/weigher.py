@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 from xandrouting.core import planner
 from xandrouting.core.cover import fill
@@ -25,6 +26,8 @@ from xandrouting.core.model import (
     Placement,
 )
 from xandrouting.core.planner import Decision, Plan, Surroundings, Verdict, Victim
+
+PROCESS_S: Final = 0.1  # to start a process anew: all that is lost with one that sleeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +60,13 @@ class Weigher:
     def candidate(self, engine: Engine, now: float) -> Candidate:
         """Return what an idle engine's loss is weighed by."""
         assert engine.idle_since is not None
+        reload_s = PROCESS_S if engine.sleeps else self._expected_s(engine.spec, engine.footprint)
         return Candidate(
             engine.id,
             self.ledger.charge_of(engine.id),
             idle_s=now - engine.idle_since,
             uses=engine.uses_at(now),
-            reload_s=self._expected_s(engine.spec, engine.footprint),
+            reload_s=reload_s,
         )
 
     def among(
@@ -72,6 +76,7 @@ class Weigher:
         leaving: Iterable[Engine],
         staying: Iterable[Engine],
         candidates: Iterable[Candidate],
+        woken: Engine | None = None,
     ) -> Surroundings:
         """Return what a load of `spec` is planned among."""
         return Surroundings(
@@ -80,6 +85,7 @@ class Weigher:
             self.charges(leaving),
             self.charges(staying),
             tuple(candidates),
+            {} if woken is None else self.ledger.charge_of(woken.id),
             self._choose,
         )
 
@@ -96,7 +102,7 @@ class Weigher:
         sizes = []
         fits = True
         for spec in specs:
-            among = Surroundings(self.ledger, partial(self.footprint, spec), {}, taken, ())
+            among = Surroundings(self.ledger, partial(self.footprint, spec), {}, taken, (), {})
             best = planner.smallest_fit(spec, spec.wants, among)
             fits = fits and best is not None
             options, placement = best or (fill(spec.wants, spec.defaults), spec.placements[0])
@@ -142,6 +148,7 @@ class Weigher:
         devices: Iterable[DeviceReading],
         uses: Mapping[EngineId, MemoryUse],
         engines: Mapping[EngineId, Engine],
+        spare_bytes: int,
     ) -> None:
         """Take in what was measured: charges of running engines, and what others take."""
         for engine_id, use in uses.items():
@@ -149,7 +156,7 @@ class Weigher:
             charge = None if engine is None else engine.charge_for(use)
             if charge is not None:
                 self.ledger.charge(engine_id, charge)
-        ours: Counter[str] = Counter()
+        ours: Counter[str] = Counter({HOST: spare_bytes})
         perhaps: Counter[str] = Counter()
         for engine_id, use in uses.items():
             ours[HOST] += use.private_bytes or 0
