@@ -49,6 +49,7 @@ from xandrouting.launch.nvml import open_gpus
 from xandrouting.launch.sweep import sweep
 from xandrouting.pool.figure_store import FigureStore
 from xandrouting.pool.learning import Learning
+from xandrouting.pool.parking import Parking
 from xandrouting.pool.pool import EnginePool, Kind
 from xandrouting.proxy.forward import Send
 from xandrouting.proxy.request import LoadRequest
@@ -87,6 +88,7 @@ class Gateway:
             Ledger(max_engines=settings.max_loaded, budgets=budgets(settings, survey)),
             figures=figures,
             default_ttl_s=settings.default_ttl,
+            soft_idle_s=settings.soft_idle_s,
             max_queue=settings.max_queue,
             fair_wait_s=settings.fair_wait_s,
             min_residency_s=settings.min_residency_s,
@@ -95,6 +97,7 @@ class Gateway:
         self._local = node
         self._external = ExternalLauncher()
         self._newsroom = Newsroom()
+        self._parking = Parking(settings.data_dir / "parked", settings.parking_quota)
         kinds = {
             Backend.LLAMACPP: Kind(llamacpp, self._local),
             Backend.UPSTREAM: Kind(upstream, self._external),
@@ -105,6 +108,8 @@ class Gateway:
             node=node,
             learning=Learning(figures, self._store),
             load_stall_s=settings.load_stall_s,
+            parking=self._parking,
+            spares=frozenset(Backend(name) for name in settings.spares),
             on_news=self._newsroom.engine_news,
             on_survey=self._newsroom.survey,
         )
@@ -169,6 +174,7 @@ class Gateway:
 
     async def __aenter__(self) -> Self:
         await self.inventory.refresh()
+        await self._parking.open()
         await self.pool.__aenter__()
         try:
             self._pin()
@@ -181,6 +187,7 @@ class Gateway:
         self._newsroom.bus.close()
         await self.loads.aclose()
         await self.pool.aclose()
+        await self._parking.aclose()
         await self._local.aclose()
         await self._external.aclose()
         self._store.close()

@@ -32,6 +32,7 @@ from pydantic_settings import (
 )
 
 from xandrouting.core.budget import Budget
+from xandrouting.core.model import Backend
 
 BARE_NAMES: Final = ("host", "port", "models_dir", "default_ttl", "cors_origins")
 
@@ -92,6 +93,20 @@ class Settings(BaseSettings):
     default_ttl: NonNegativeFloat = Field(
         300.0, description="idle seconds until an engine is unloaded; 0: never"
     )
+    soft_idle_s: PositiveFloat | None = Field(
+        None,
+        description="idle seconds until an engine gives its memory back and keeps its process; "
+        "default: never before it is unloaded",
+    )
+    parking_quota: ByteSize = Field(
+        ByteSize(4 << 30),
+        description="disk for the conversations of engines that were unloaded, kept for a day; "
+        "0: none are kept",
+    )
+    spares: Names = Field(
+        ("llamacpp",),
+        description="backends that keep a started process for the next load; none: no backend",
+    )
     max_loaded: PositiveInt | None = Field(
         None, description="engines loaded at once; default: as many as fit the budgets"
     )
@@ -140,11 +155,21 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("allowed_hosts", "cors_origins", "pinned", "preload", mode="before")
+    @field_validator("allowed_hosts", "cors_origins", "pinned", "preload", "spares", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @field_validator("spares")
+    @classmethod
+    def _are_backends(cls, value: Names) -> Names:
+        if value == ("none",):
+            return ()
+        unknown = set(value) - {Backend.LLAMACPP}
+        if unknown:
+            raise ValueError(f"no spares of {', '.join(sorted(unknown))}: use llamacpp, or none")
         return value
 
     @field_validator("upstreams", "upstream_keys", mode="before")

@@ -192,11 +192,16 @@ class EngineId:
 class LaunchPlan:
     """What to run, as an engine's adapter says it; a launcher obeys.
 
-    `argv` and `env` may hold `{port}`, which the launcher replaces with the port it chose
-    on the engine's machine. `env` is added to the launcher's own. `api_key` is what the
-    engine will ask of its clients. A line of output that begins with `ready_line` means
-    the engine listens. An empty `health_path`: there is nothing to ask. `base_url` is set
-    only for engines somebody else started.
+    In `argv`, `env` and `order` the launcher replaces `{port}` with the port it chose on the
+    engine's machine, and in `env` `{key}` with a key it drew, which the engine asks of its
+    clients. `env` is added to the launcher's own. A line of output that begins with
+    `ready_line` means the engine listens. An empty `health_path`: there is nothing to ask.
+    `base_url` and `api_key` are set only for engines somebody else started.
+
+    A program with an `order` does nothing until it is told that line on its stdin. Before, it
+    is nobody's, and may have been started for another plan with the same `argv` and `env`. Told
+    `rest_order`, it gives its memory back, prints a line that begins with `waiting_line`, and
+    waits for the next order.
     """
 
     argv: tuple[str, ...] = ()
@@ -204,6 +209,9 @@ class LaunchPlan:
     api_key: str = ""
     health_path: str = "/health"
     ready_line: str | None = None
+    order: str = ""
+    rest_order: str = ""
+    waiting_line: str = ""
     stop_grace_s: float = 1.0  # from SIGTERM to SIGKILL; the gateway has drained before
     base_url: str | None = None
 

@@ -73,12 +73,58 @@ class Phase(StrEnum):
     WARMING = "warming_up"  # the model is in memory; a first run, then it listens
 
 
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """One of an engine's slots: how much of a conversation it holds, and whether it works."""
+
+    id: int
+    tokens: int
+    busy: bool
+
+
+class Slots(Protocol):
+    """How an engine's conversations are saved and read back, by its own HTTP calls.
+
+    Reading an answer raises ValueError, KeyError or TypeError if it is another than expected.
+    """
+
+    @property
+    def list_path(self) -> bytes:
+        """What to GET for the slots' states."""
+
+    def states(self, answer: bytes) -> list[SlotState]:
+        """Read the answer."""
+
+    def save(self, slot: int, name: str) -> tuple[bytes, bytes]:
+        """Return path and body of the POST that writes a slot to a file of the slot folder."""
+
+    def restore(self, slot: int, name: str) -> tuple[bytes, bytes]:
+        """Return path and body of the POST that reads it back."""
+
+    def saved_bytes(self, answer: bytes) -> int:
+        """Return the file's size."""
+
+    def restored_tokens(self, answer: bytes) -> int:
+        """Return how many tokens were read."""
+
+
 class EngineAdapter(Protocol):
     """One engine: from a spec to a plan. It starts nothing and opens nothing."""
 
     @property
     def backend(self) -> Backend:
         """The backend it serves."""
+
+    @property
+    def slots(self) -> Slots | None:
+        """How its conversations are kept beyond its end; None: they are not."""
+
+    @property
+    def sleeper_bytes(self) -> int | None:
+        """What its process takes while it sleeps; None: it cannot."""
+
+    def spare(self) -> LaunchPlan | None:
+        """Return the plan of a process that waits for any model's order; None: there is none."""
 
     def settle(self, wants: LoadOptions, facts: ModelFacts, device: str) -> LoadOptions:
         """Return `wants` in the engine's own terms: "the model's own" as a number, and so on."""
@@ -90,9 +136,17 @@ class EngineAdapter(Protocol):
         """Return what an engine of this model takes, for any options."""
 
     def plan(
-        self, spec: EngineSpec, options: LoadOptions, *, api_key: str, placement: Placement
+        self,
+        spec: EngineSpec,
+        options: LoadOptions,
+        *,
+        placement: Placement,
+        slot_folder: str = "",
     ) -> LaunchPlan:
-        """Return what to run for `spec` with `options`, all of them settled, and where."""
+        """Return what to run for `spec` with `options`, all of them settled, and where.
+
+        `slot_folder` is where it may save conversations; empty: nowhere.
+        """
 
     def phase(self, tail: Sequence[str]) -> Phase:
         """Tell from its last lines what a loading engine is at."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Self
 
 from xandrouting.core.errors import EngineRejected, GatewayError, UnsupportedByEngine
 from xandrouting.core.model import (
@@ -20,17 +22,31 @@ from xandrouting.core.model import (
 )
 from xandrouting.engines.base import ModelFacts, Phase
 from xandrouting.engines.llamacpp_memory import CACHE_TYPE, DEFAULT_CTX, cost_of
+from xandrouting.engines.llamacpp_slots import LlamaSlots
 
-_RUNNER: Final = (sys.executable, "-m", "xandrouting.engines.llamacpp_server")
-LIST_DEVICES: Final = (*_RUNNER, "--list-devices")
+RUNNER: Final = (sys.executable, "-m", "xandrouting.engines.llamacpp_server")
+LIST_DEVICES: Final = (*RUNNER, "--list-devices")
 
 READY_LINE: Final = "xandrouting-engine ready"
+WAITING_LINE: Final = "xandrouting-engine waiting"
+REST_ORDER: Final = "rest"
 KEY_VARIABLE: Final = "XANDROUTING_ENGINE_KEY"
 
 SLOTS_CPU: Final = 2
 SLOTS_GPU: Final = 4
 MAX_SLOTS: Final = 256  # llama.cpp's LLAMA_MAX_SEQ
 MIN_CTX: Final = 2  # llama.cpp aborts when its first trial run does not fit
+
+# The same for every model, so that a runner that waits may take any of them.
+_ENV: Final = (
+    (KEY_VARIABLE, "{key}"),
+    # With busy cores the default spins: 3.6 tokens/s instead of 34.
+    ("OMP_WAIT_POLICY", "passive"),
+    # When it aborts, its reason shall be its last words, not a debugger's report.
+    ("GGML_NO_BACKTRACE", "1"),
+    # By the numbers that NVML counts by.
+    ("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+)
 
 # In this order: a file that is cut short also fails to allocate what its header promises.
 _FAILURES: Final[tuple[tuple[StartFailure, re.Pattern[str]], ...]] = (
@@ -61,10 +77,49 @@ _CLIENT_FAULTS: Final = re.compile(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a runner that waits is told: one line of its stdin.
+
+    `env` is set before llama.cpp looks for devices. `embeddings` is how an input is pooled:
+    `mean`, or `model` for one that says it itself; None: they are not answered. `port` is a
+    number in digits.
+    """
+
+    model: str  # the GGUF file, or its first part
+    alias: str  # the name the engine answers by
+    n_ctx_total: int  # tokens, of all slots
+    n_parallel: int  # slots
+    n_gpu_layers: int  # -1: all
+    cache_type_k: str = CACHE_TYPE
+    cache_type_v: str = CACHE_TYPE
+    mmproj: str | None = None
+    embeddings: str | None = None
+    slot_folder: str = ""
+    warmup: bool = False
+    port: str = "{port}"
+    env: Mapping[str, str] | None = None
+
+    def line(self) -> str:
+        """Return the line, without its end."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, line: bytes) -> Self:
+        """Read a line that `line` wrote."""
+        return cls(**json.loads(line))
+
+
 class LlamaCpp:
     """The adapter of the `llamacpp` backend, for GGUF files."""
 
     backend: Final = Backend.LLAMACPP
+    slots: Final = LlamaSlots()
+    sleeper_bytes: Final = 32 << 20
+
+    def spare(self) -> LaunchPlan | None:
+        """Return the plan of a runner that waits; its order is never given."""
+        return _launch_plan("none")
 
     def settle(self, wants: LoadOptions, facts: ModelFacts, device: str) -> LoadOptions:
         """Return `wants` with 0 as the model's own context, and no layers where there is no GPU.
@@ -107,56 +162,48 @@ class LlamaCpp:
         return cost_of(facts, on_cpu=device == "cpu")
 
     def plan(
-        self, spec: EngineSpec, options: LoadOptions, *, api_key: str, placement: Placement
+        self,
+        spec: EngineSpec,
+        options: LoadOptions,
+        *,
+        placement: Placement,
+        slot_folder: str = "",
     ) -> LaunchPlan:
-        """Return the runner's command line; `options` must be settled and filled."""
+        """Return the runner and its order; `options` must be settled and filled."""
         slots = options.n_parallel or 1
         layers = options.n_gpu_layers or 0
         # A card without a layer would only lose memory to CUDA's context.
         cards = [card.removeprefix("cuda:") for card in placement] if layers else []
-        argv = [
-            *_RUNNER,
-            *("--model", spec.source),
-            *("--alias", spec.key.model),
-            *("--port", "{port}"),
-            *("--n-ctx-total", str(max(MIN_CTX, (options.n_ctx or DEFAULT_CTX) * slots))),
-            *("--n-parallel", str(slots)),
-            *("--n-gpu-layers", str(layers)),
-            *("--cache-type-k", options.cache_type_k or CACHE_TYPE),
-            *("--cache-type-v", options.cache_type_v or CACHE_TYPE),
-        ]
+        pooling = None
         if options.embeddings:
             # A chat model's file does not say how to make one vector of many.
-            argv += ["--embeddings", "model" if spec.defaults.embeddings else "mean"]
-        if spec.mmproj is not None:
-            argv += ["--mmproj", spec.mmproj]
-        env = [
-            (KEY_VARIABLE, api_key),
-            # With busy cores the default spins: 3.6 tokens/s instead of 34.
-            ("OMP_WAIT_POLICY", "passive"),
-            # When it aborts, its reason shall be its last words, not a debugger's report.
-            ("GGML_NO_BACKTRACE", "1"),
-            # By the numbers that NVML counts by.
-            ("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
-            ("CUDA_VISIBLE_DEVICES", ",".join(cards)),
-        ]
-        return LaunchPlan(
-            argv=tuple(argv),
-            env=tuple(env),
-            api_key=api_key,
-            ready_line=READY_LINE,
+            pooling = "model" if spec.defaults.embeddings else "mean"
+        order = Order(
+            model=spec.source,
+            alias=spec.key.model,
+            n_ctx_total=max(MIN_CTX, (options.n_ctx or DEFAULT_CTX) * slots),
+            n_parallel=slots,
+            n_gpu_layers=layers,
+            cache_type_k=options.cache_type_k or CACHE_TYPE,
+            cache_type_v=options.cache_type_v or CACHE_TYPE,
+            mmproj=spec.mmproj,
+            embeddings=pooling,
+            slot_folder=slot_folder,
+            warmup=bool(cards),  # on a CPU it costs what it saves
+            env={"CUDA_VISIBLE_DEVICES": ",".join(cards)},
         )
+        return _launch_plan(order.line())
 
     def phase(self, tail: Sequence[str]) -> Phase:
         """Tell by the lines llama.cpp prints at its usual verbosity."""
-        text = "\n".join(tail)
+        text = _since_its_order(tail)
         if "threadpool init" in text:
             return Phase.WARMING
         return Phase.READING if "loading model" in text else Phase.STARTING
 
     def classify(self, tail: Sequence[str], status: int | None) -> StartFailure:
         """Tell from llama.cpp's error lines why a start failed."""
-        text = "\n".join(tail)
+        text = _since_its_order(tail)
         for failure, pattern in _FAILURES:
             if pattern.search(text):
                 return failure
@@ -171,3 +218,20 @@ class LlamaCpp:
         if status == 500 and _CLIENT_FAULTS.search(message):
             return EngineRejected(message, error={**error, "code": None, "type": None})
         return None
+
+
+def _launch_plan(order: str) -> LaunchPlan:
+    return LaunchPlan(
+        argv=RUNNER,
+        env=_ENV,
+        ready_line=READY_LINE,
+        order=order,
+        rest_order=REST_ORDER,
+        waiting_line=WAITING_LINE,
+    )
+
+
+def _since_its_order(tail: Sequence[str]) -> str:
+    """Return what it printed for the model it has now, as one text."""
+    begins = max((n for n, line in enumerate(tail) if line.startswith(WAITING_LINE)), default=0)
+    return "\n".join(tail[begins:])

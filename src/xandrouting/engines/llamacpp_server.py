@@ -1,93 +1,110 @@
-"""The llama.cpp engine's process: `python -m xandrouting.engines.llamacpp_server …`.
+"""The llama.cpp engine's process: `python -m xandrouting.engines.llamacpp_server`.
 
-xllamacpp loads the model and starts llama.cpp's own HTTP server in one constructor, so this
-is all there is to do. It prints one line when it listens; when the load fails, llama.cpp's
-reason is on stderr and the exit status is 1. SIGTERM ends it at once, in a load as well:
-the gateway has drained before it asks.
+It imports the library, says that it waits, and reads one order from stdin: a line of JSON with
+all that the model is served with (`llamacpp.Order`). xllamacpp then loads the model and starts
+llama.cpp's own HTTP server in one constructor. It prints one line when it listens; when the
+load fails, llama.cpp's reason is on stderr and the exit status is 1. SIGTERM ends it at once,
+in a load as well: the gateway has drained before it asks.
+
+Told to rest, it starts its own program over: the system takes back all that llama.cpp had, to
+the last page, and what waits for the next order is as fresh as any.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 import xllamacpp
 
-from xandrouting.engines.llamacpp import KEY_VARIABLE, READY_LINE
+from xandrouting.engines.llamacpp import (
+    KEY_VARIABLE,
+    LIST_DEVICES,
+    READY_LINE,
+    REST_ORDER,
+    RUNNER,
+    WAITING_LINE,
+    Order,
+)
 from xandrouting.engines.llamacpp_memory import CHECKPOINTS, EMBEDDING_BATCH, PROMPT_BATCH
 
-HTTP_THREADS = 32  # each open stream holds one; the gateway opens as many as it has clients
-PING_S = 1  # llama.cpp looks for a client that left when it pings
+HTTP_THREADS: Final = 32  # each open stream holds one; the gateway opens as many as it has clients
+PING_S: Final = 1  # llama.cpp looks for a client that left when it pings
+ORDERS: Final = 0  # stdin
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Load the model, serve it until told to end; return the exit status."""
-    options = _parse(arguments)
-    if options.list_devices:
+def main(arguments: Sequence[str]) -> int:
+    """Serve as ordered until told to end; return the exit status."""
+    if arguments[-1:] == LIST_DEVICES[-1:]:
         for device in xllamacpp.get_device_info():
             print(f"device {device['name']}")  # noqa: T201
         return 0
-    params = _params(options)
+    os.umask(0o077)  # what it saves of conversations is nobody else's to read
+    _say(WAITING_LINE)
+    orders = os.fdopen(ORDERS, "rb", closefd=False)
+    line = orders.readline()
+    if not line:
+        return 0  # the gateway has gone
+    order = Order.parse(line)
+    os.environ.update(order.env or {})
     try:
-        server = xllamacpp.Server(params)
+        server = xllamacpp.Server(_params(order))
     except RuntimeError as error:
         print(f"load failed: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return 1
+    _say(f"{READY_LINE} {server.listening_address}")
+    if orders.readline().decode().rstrip() == REST_ORDER:
+        _start_over()
+    os._exit(0)  # the gateway has gone: nobody waits for threads to end in good order
+
+
+def _say(line: str) -> None:
     # In one write and from the beginning of a line: llama.cpp's threads write theirs in pieces.
-    os.write(1, f"\n{READY_LINE} {server.listening_address}\n".encode())
-    while True:
-        signal.pause()
+    os.write(1, f"\n{line}\n".encode())
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="llamacpp_server", description=__doc__)
-    parser.add_argument("--list-devices", action="store_true", help="print them and end")
-    parser.add_argument("--model", help="the GGUF file, or its first part")
-    parser.add_argument("--mmproj", help="the projector file of a vision model")
-    parser.add_argument("--alias", help="the name the engine answers by")
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--n-ctx-total", type=int, help="tokens, of all slots")
-    parser.add_argument("--n-parallel", type=int, help="slots")
-    parser.add_argument("--n-gpu-layers", type=int, help="-1: all")
-    parser.add_argument("--cache-type-k", default="f16", help="what keys are stored as")
-    parser.add_argument("--cache-type-v", default="f16", help="what values are stored as")
-    parser.add_argument(
-        "--embeddings", choices=("model", "mean"), help="answer /v1/embeddings too, pooled so"
-    )
-    return parser.parse_args(arguments)
+def _start_over() -> None:
+    """Replace this program with itself. Never returns; its threads and its files end with it."""
+    for path in list(Path("/dev/fd").iterdir()):
+        if int(path.name) > sys.stderr.fileno() and path.exists():  # not the listing's own
+            os.set_inheritable(int(path.name), False)
+    os.execv(RUNNER[0], RUNNER)  # noqa: S606
 
 
-def _params(options: argparse.Namespace) -> xllamacpp.CommonParams:
+def _params(order: Order) -> xllamacpp.CommonParams:
     params = xllamacpp.CommonParams()
-    params.model.path = options.model
-    if options.mmproj:
-        params.mmproj.path = options.mmproj
-    params.model_alias = {options.alias}
+    params.model.path = order.model
+    if order.mmproj:
+        params.mmproj.path = order.mmproj
+    params.model_alias = {order.alias}
     params.hostnames = ["127.0.0.1"]
-    params.port = options.port
+    params.port = int(order.port)
     params.api_keys = [os.environ[KEY_VARIABLE]]
-    params.n_ctx = options.n_ctx_total
-    params.n_parallel = options.n_parallel
-    params.n_gpu_layers = options.n_gpu_layers
-    params.cache_type_k = _ggml_type(options.cache_type_k)
-    params.cache_type_v = _ggml_type(options.cache_type_v)
-    params.n_threads_http = HTTP_THREADS + options.n_parallel
+    params.n_ctx = order.n_ctx_total
+    params.n_parallel = order.n_parallel
+    params.n_gpu_layers = order.n_gpu_layers
+    params.cache_type_k = _ggml_type(order.cache_type_k)
+    params.cache_type_v = _ggml_type(order.cache_type_v)
+    params.n_threads_http = HTTP_THREADS + order.n_parallel
     # Between two batches it looks for clients that left, and others decode.
     params.n_batch = PROMPT_BATCH
+    params.warmup = order.warmup
     params.fit_params = False  # the gateway plans; an engine that shrinks itself would belie it
     params.cache_ram_mib = 0  # memory that no plan knows of
     params.n_ctx_checkpoints = CHECKPOINTS
     params.sse_ping_interval = PING_S
     params.ui = False
     params.endpoint_slots = params.endpoint_metrics = params.endpoint_props = True
-    if options.embeddings:
+    if order.slot_folder:
+        params.slot_save_path = order.slot_folder
+    if order.embeddings:
         params.embedding = True
         # An input is embedded in one batch or not at all.
-        params.n_batch = params.n_ubatch = min(options.n_ctx_total, EMBEDDING_BATCH)
-    if options.embeddings == "mean":
+        params.n_batch = params.n_ubatch = min(order.n_ctx_total, EMBEDDING_BATCH)
+    if order.embeddings == "mean":
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     return params
 
@@ -97,4 +114,4 @@ def _ggml_type(name: str) -> xllamacpp.ggml_type:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv))

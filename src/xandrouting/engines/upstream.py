@@ -24,9 +24,15 @@ class Upstream:
     """The adapter of configured upstreams: nothing to load, nothing to choose."""
 
     backend: Final = Backend.UPSTREAM
+    slots: Final = None
+    sleeper_bytes: Final = None
 
     def __init__(self, keys: Mapping[str, str]) -> None:
         self._keys = keys  # by the upstream's name; none: it asks for no key
+
+    def spare(self) -> LaunchPlan | None:
+        """Return None: there is nothing to start."""
+        return None
 
     def settle(self, wants: LoadOptions, facts: ModelFacts, device: str) -> LoadOptions:  # noqa: ARG002
         """Return no options: load options mean nothing to a server that is not ours."""
@@ -45,8 +51,8 @@ class Upstream:
         spec: EngineSpec,
         options: LoadOptions,  # noqa: ARG002
         *,
-        api_key: str,  # noqa: ARG002
         placement: Placement,  # noqa: ARG002
+        slot_folder: str = "",  # noqa: ARG002
     ) -> LaunchPlan:
         """Return the address, and the key the operator set for it."""
         key = self._keys.get(spec.key.model, "")

@@ -31,6 +31,8 @@ _SHOWN_STATE = {
     EngineState.STARTING: "loading",
     EngineState.READY: "loaded",
     EngineState.DRAINING: "loaded",
+    EngineState.SUSPENDING: "sleeping",
+    EngineState.SLEEPING: "sleeping",
     EngineState.STOPPING: "unloaded",
 }
 
@@ -125,6 +127,7 @@ def unload_result(view: EngineView, engine: Engine) -> UnloadResult:
 def status_of(file: ModelFile, pool: EnginePool) -> Status:
     """Return the state of a model: the best of its engines', else how its last load went."""
     loading = None
+    sleeps = False
     for view, engine in pool.views():
         if view.engine.key.model == file.id:
             value = _SHOWN_STATE[view.state]
@@ -132,8 +135,11 @@ def status_of(file: ModelFile, pool: EnginePool) -> Status:
                 return Status(value=value)
             if value == "loading":
                 loading = engine.loading(asyncio.get_running_loop().time())
+            sleeps = sleeps or value == "sleeping"
     if loading is not None:
         return Status(value="loading", loading=loading_item(loading))
+    if sleeps:
+        return Status(value="sleeping")
     failure = pool.failure(file.id, file.revision)
     if failure is not None:
         return Status(value="failed", failed=True, message=failure.message)

@@ -15,6 +15,12 @@ class Survey:
 
     devices: tuple[DeviceReading, ...] = ()  # main memory first; none: nothing is known
     engines: Mapping[EngineId, MemoryUse] = field(default_factory=dict)
+    spares: tuple[MemoryUse, ...] = ()  # processes that wait to become an engine
+
+    @property
+    def spare_bytes(self) -> int:
+        """What the spares take of main memory."""
+        return sum(use.private_bytes or 0 for use in self.spares)
 
 
 class Handle(Protocol):
@@ -23,6 +29,10 @@ class Handle(Protocol):
     @property
     def base_url(self) -> str:
         """Where the gateway reaches the engine: `http://host:port`, no slash at the end."""
+
+    @property
+    def api_key(self) -> str:
+        """What the engine asks of its clients; empty: nothing."""
 
     @property
     def pid(self) -> int | None:
@@ -43,10 +53,20 @@ class Handle(Protocol):
         """Return a number that grows while the engine prints."""
 
     async def ready_line(self) -> None:
-        """Wait for the plan's ready line; return at once for a plan without one.
+        """Wait for the plan's ready line since its last order; at once for a plan without one.
 
         Never returns if the engine exits before: wait for `exited` beside it.
         """
+
+    async def rest(self) -> None:
+        """Have the engine give back its memory and wait; return when it waits.
+
+        For an engine whose plan has a `rest_order`. Never returns if it exits before: wait for
+        `exited` beside it.
+        """
+
+    def wake(self, plan: LaunchPlan) -> None:
+        """Give a resting engine its next order; its `base_url` may be another from now on."""
 
     async def exited(self) -> int:
         """Wait until the whole process tree is gone and reaped; return the exit status."""
@@ -73,6 +93,24 @@ class Launcher(Protocol):
 
         Raises:
             EngineStartFailed: no such executable, or no process could be made.
+        """
+
+    async def prepare(self, plan: LaunchPlan) -> None:
+        """Start a program that waits for an order, for the next engine with its argv and env.
+
+        It does nothing if one waits already. The plan's own order is not given to it.
+
+        Raises:
+            EngineStartFailed: as `start` would.
+        """
+
+    async def give_up_spares(self) -> None:
+        """End the programs that wait for an order, for the memory they take."""
+
+    async def read_ahead(self, files: Sequence[str], *, limit_bytes: int) -> None:
+        """Have files read into memory that the kernel can take back, at most so many bytes.
+
+        Cancelling ends it.
         """
 
     async def survey(self) -> Survey:

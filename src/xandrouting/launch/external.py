@@ -16,8 +16,9 @@ class ExternalHandle:
     pid: Final = None
     killed_for_memory: Final = False
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, api_key: str) -> None:
         self.base_url = base_url.rstrip("/")
+        self.api_key = api_key
         self.exit_status: int | None = None
         self._let_go = asyncio.Event()
 
@@ -31,6 +32,22 @@ class ExternalHandle:
 
     async def ready_line(self) -> None:
         """Return at once: whether it answers is the probe's to find out."""
+
+    async def rest(self) -> None:
+        """Never asked for: it is not ours to put to sleep.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("an external engine takes no orders")
+
+    def wake(self, plan: LaunchPlan) -> None:
+        """Never asked for, as it never rests.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(f"an external engine takes no orders: {plan.base_url}")
 
     async def exited(self) -> int:
         """Wait until the gateway lets go; its real process may go on or be gone long before."""
@@ -66,9 +83,18 @@ class ExternalLauncher:
         if plan.base_url is None:
             raise ValueError("an external engine's plan needs a base_url")
         self._handles = {handle for handle in self._handles if handle.exit_status is None}
-        handle = ExternalHandle(plan.base_url)
+        handle = ExternalHandle(plan.base_url, plan.api_key)
         self._handles.add(handle)
         return handle
+
+    async def prepare(self, plan: LaunchPlan) -> None:
+        """Do nothing: what is elsewhere needs no preparation."""
+
+    async def give_up_spares(self) -> None:
+        """Do nothing: there are none."""
+
+    async def read_ahead(self, files: Sequence[str], *, limit_bytes: int) -> None:
+        """Do nothing: its files are not here."""
 
     async def survey(self) -> Survey:
         """Tell nothing: they may be on any machine."""

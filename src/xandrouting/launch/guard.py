@@ -1,11 +1,12 @@
 """The guard: one small process between the gateway and each engine.
 
-Run as `python -I -S guard.py [--grace-s F] -- argv...`; standard library only. It makes the
-engine's whole process tree end when told to, when the engine ends, and when the gateway is
-gone, however that died.
+Run as `python -I -S guard.py --grace-s F [--orders] -- argv...`; standard library only. It
+makes the engine's whole process tree end when told to, when the engine ends, and when the gateway
+is gone, however that died.
 
 stdin takes commands: `stop <grace_s>`, SIGTERM now and SIGKILL after so many seconds; a later,
-shorter grace hurries. EOF means that the gateway is gone. stdout tells the gateway `pid N`
+shorter grace hurries. `tell <line>` hands a line on to the engine's stdin, which is a pipe with
+`--orders` and empty without. EOF means that the gateway is gone. stdout tells the gateway `pid N`
 once the engine's program runs, or `failed <reason>`, and at the very end `exited <status>`,
 negative for a signal. stderr is the engine's stdout and stderr.
 
@@ -190,25 +191,35 @@ class Tree:
 class Commands:
     """The gateway's wishes, as they come on stdin."""
 
-    def __init__(self) -> None:
+    def __init__(self, orders: int | None) -> None:
         self._rest = b""
+        self._orders = orders  # the other end of the engine's stdin
 
     def read(self, tree: Tree) -> bool:
         """Obey what has come; return False when the gateway is gone."""
         data = os.read(COMMANDS, 4096)
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            word, _, grace_s = line.partition(b" ")
+            word, _, rest = line.partition(b" ")
             if word == b"stop":
-                tree.end(float(grace_s))
+                tree.end(float(rest))
+            elif word == b"tell":
+                self._tell(rest + b"\n")
         if not data:
             tree.end()
         return bool(data)
 
+    def _tell(self, order: bytes) -> None:
+        if self._orders is not None:
+            try:
+                os.write(self._orders, order)
+            except (BrokenPipeError, BlockingIOError):
+                pass  # it is ending, or has not read 64 KiB of orders: it hangs
 
-def watch(tree: Tree, wakeup: int) -> None:
+
+def watch(tree: Tree, wakeup: int, orders: int | None) -> None:
     """Wait for commands and deaths until the whole tree is gone."""
-    commands = Commands()
+    commands = Commands(orders)
     sources = [COMMANDS, wakeup]
     while tree.reap():
         tree.press()
@@ -236,8 +247,10 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def spawn(argv: list[str]) -> int:
+def spawn(argv: list[str], orders: int) -> int:
     """Start the engine in a session of its own and return its pid once its program runs.
+
+    `orders` becomes its stdin.
 
     Raises:
         OSError: no such program, not executable, or no process could be made.
@@ -246,7 +259,7 @@ def spawn(argv: list[str]) -> int:
     guard = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _become(argv, guard, writable)
+        _become(argv, guard, orders, writable)
     os.close(writable)
     reason = os.read(readable, 16)
     os.close(readable)
@@ -256,11 +269,11 @@ def spawn(argv: list[str]) -> int:
     return pid
 
 
-def _become(argv: list[str], guard: int, failure: int) -> None:
+def _become(argv: list[str], guard: int, orders: int, failure: int) -> None:
     """Turn this forked process into the engine. Never returns."""
     try:
         os.setsid()
-        os.dup2(os.open(os.devnull, os.O_RDONLY), COMMANDS)
+        os.dup2(orders, COMMANDS)
         os.dup2(LOG, CONTROL)
         for number in (*IGNORED_HERE, *IGNORED_BY_PYTHON):
             signal.signal(number, signal.SIG_DFL)  # what is ignored stays ignored over an exec
@@ -285,19 +298,26 @@ def main(arguments: list[str]) -> int:
     """Run one engine from its start to the end of its tree."""
     split = arguments.index("--")
     options, argv = arguments[:split], arguments[split + 1 :]
-    grace_s = float(options[1]) if options[:1] == ["--grace-s"] else SHORT_GRACE_S
+    grace_s = float(options[1])
+    orders = None
+    if "--orders" in options:
+        stdin, orders = os.pipe()
+        os.set_blocking(orders, False)
+    else:
+        stdin = os.open(os.devnull, os.O_RDONLY)
     for number in IGNORED_HERE:
         signal.signal(number, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     wakeup = wake_on_child()
     try:
-        engine = spawn(argv)
+        engine = spawn(argv, stdin)
     except OSError as error:
         say(f"failed {error.strerror}")
         return 127
+    os.close(stdin)
     say(f"pid {engine}")
     tree = Tree(engine, grace_s)
-    watch(tree, wakeup)
+    watch(tree, wakeup, orders)
     say(f"exited {tree.status}")
     return 0
 

@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +26,7 @@ from xandrouting.core.model import EngineId, LaunchPlan, MemoryUse
 from xandrouting.launch import guard, host_memory, sweep
 from xandrouting.launch.base import Survey
 from xandrouting.launch.nvml import GpuReading, Gpus, NoGpus
+from xandrouting.launch.read_ahead import read_ahead
 
 _PRIVATE: Final = ("XANDROUTING_", "HF_TOKEN")
 _SAME_CARDS: Final = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # `cuda:N` is what NVML calls so
@@ -62,18 +65,26 @@ def reserve_port() -> int:
 
 
 class EngineLog:
-    """The last lines an engine printed, and whether one of them said that it is ready."""
+    """The last lines an engine printed, and whether one of them said what is waited for."""
 
-    def __init__(self, engine: EngineId, ready_line: str | None, hear: Hear) -> None:
+    def __init__(self, hear: Hear) -> None:
         self.printed_bytes = 0
+        self.engine: EngineId | None = None  # None: it is nobody's yet
         self._hear = hear
-        self.ready = asyncio.Event()
-        self._engine = engine
-        self._ready_line = ready_line
+        self._said = asyncio.Event()
+        self._awaited: str | None = None
         self._lines: deque[str] = deque(maxlen=TAIL_LINES)
         self._rest = b""
-        if ready_line is None:
-            self.ready.set()
+
+    def expect(self, line: str | None) -> None:
+        """From now on `said` waits for a line that begins so; None: for nothing."""
+        self._awaited, self._said = line, asyncio.Event()
+        if line is None:
+            self._said.set()
+
+    async def said(self) -> None:
+        """Wait for the line that was expected last."""
+        await self._said.wait()
 
     def feed(self, data: bytes) -> None:
         """Take what came, lines cut anywhere."""
@@ -99,9 +110,10 @@ class EngineLog:
         shown = raw.rstrip(b"\r").rpartition(b"\r")[2]
         line = shown.decode(errors="replace")[:TAIL_CHARACTERS]
         self._lines.append(line)
-        self._hear(self._engine, line)
-        if self._ready_line is not None and line.startswith(self._ready_line):
-            self.ready.set()
+        if self.engine is not None:
+            self._hear(self.engine, line)
+        if self._awaited is not None and line.startswith(self._awaited):
+            self._said.set()
 
 
 class _Pipe(asyncio.Protocol):
@@ -132,8 +144,8 @@ class Gauge:
         self._gpus = gpus
         self._meter = host_memory.Meter()
 
-    def survey(self, guards: Mapping[EngineId, int]) -> Survey:
-        """Read all memory, and what each engine's tree takes of it, given its guard's pid.
+    def survey(self, guards: Mapping[EngineId, int], spares: Iterable[int] = ()) -> Survey:
+        """Read all memory, and what each tree takes of it, given its guard's pid.
 
         Raises:
             OSError: `/proc` cannot be read just now, as when no file can be opened.
@@ -149,31 +161,33 @@ class Gauge:
                 engine: replace(use, devices=_on_devices(engine, trees[engine], gpus))
                 for engine, use in uses.items()
             },
+            spares=tuple(self._meter.measure(_tree(table, guard_pid)) for guard_pid in spares),
         )
 
 
 class LocalHandle:
-    """One engine and its guard."""
+    """One engine and its guard; a spare, for as long as it has no engine's name."""
 
     def __init__(
         self,
-        engine: EngineId,
         plan: LaunchPlan,
         process: subprocess.Popen[bytes],
         *,
-        port: int,
+        api_key: str,
         mark: str,
         run_dir: Path | None,
         gauge: Gauge,
         hear: Hear,
     ) -> None:
         """Watch over a guard just started. Needs a running loop."""
-        self.base_url = f"http://{HOST}:{port}"
+        self.base_url = ""
+        self.api_key = api_key
         self.pid: int | None = None
         self.exit_status: int | None = None
         self.killed_for_memory = False
         self.stop_grace_s = plan.stop_grace_s
-        self.engine = engine
+        self.engine: EngineId | None = None
+        self._plan = plan
         assert process.stdin is not None
         self._stdin = process.stdin
         self._process = process
@@ -182,14 +196,34 @@ class LocalHandle:
         self._gauge = gauge
         self._told_to_stop = False
         self._oom_kills = host_memory.oom_kills()
-        self._log = EngineLog(engine, plan.ready_line, hear)
+        self._log = EngineLog(hear)
         self._control = b""
         self._told_status: int | None = None  # as the guard told it; None: it did not live to
         self._life: sweep.Life | None = None
         self._record: Path | None = None
         loop = asyncio.get_running_loop()
         self._begun: asyncio.Future[str | None] = loop.create_future()  # why it failed, or None
-        self.watch: Final = loop.create_task(self._watch(), name=f"watch {engine}")
+        self.watch: Final = loop.create_task(self._watch(), name=f"watch {mark}")
+
+    def become(self, engine: EngineId, plan: LaunchPlan, port: int) -> None:
+        """Be this engine from now on, and listen at this port once the order was followed."""
+        self.engine = self._log.engine = engine
+        self.base_url = f"http://{HOST}:{port}"
+        self._plan = plan
+        self._log.expect(plan.ready_line)
+        if plan.order:
+            self._tell(f"tell {plan.order.replace('{port}', str(port))}\n")
+
+    def wake(self, plan: LaunchPlan) -> None:
+        """Give the engine its order, with another port: nobody kept the last one."""
+        assert self.engine is not None
+        self.become(self.engine, plan, reserve_port())
+
+    async def rest(self) -> None:
+        """Have the program start over, which gives all its memory back, and wait for its order."""
+        self._log.expect(self._plan.waiting_line)
+        self._tell(f"tell {self._plan.rest_order}\n")
+        await self._log.said()
 
     async def begun(self) -> str | None:
         """Wait until the engine's program runs; return why it never will, or None."""
@@ -197,7 +231,7 @@ class LocalHandle:
 
     async def ready_line(self) -> None:
         """Wait for a whole line that begins as the plan says; stdout and stderr both count."""
-        await self._log.ready.wait()
+        await self._log.said()
 
     async def exited(self) -> int:
         """Wait until the tree is gone; -9 where the guard was killed and the tree with it."""
@@ -216,7 +250,7 @@ class LocalHandle:
 
     async def measure(self) -> MemoryUse:
         """Measure the engine and its descendants in a thread, without the guard."""
-        if self.guard_pid is None:
+        if self.guard_pid is None or self.engine is None:
             return MemoryUse()
         try:
             survey = await asyncio.to_thread(self._gauge.survey, {self.engine: self.guard_pid})
@@ -325,10 +359,13 @@ class LocalLauncher:
         self._run_dir = run_dir
         self._gauge = Gauge(gpus)
         self._handles: set[LocalHandle] = set()
+        self._spares: dict[_Program, LocalHandle] = {}
         self._seen = Survey()
 
     async def start(self, engine: EngineId, plan: LaunchPlan) -> LocalHandle:
         """Start the engine under a guard and return once its own program runs.
+
+        A spare that waits with the same program is taken first.
 
         Cancelled a second time while it kills what it started, it leaves the rest to the
         guard, which ends the tree all the same.
@@ -337,13 +374,45 @@ class LocalLauncher:
             EngineStartFailed: no such program, or no process could be made.
         """
         port = reserve_port()
-        mark = secrets.token_hex(16)
-        process = _start_guard(engine, plan, port=port, mark=mark)
+        handle = self._spares.pop(_program(plan), None) if plan.order else None
+        if handle is None:
+            handle = self._launch(plan, port)
+        handle.become(engine, plan, port)
+        await self._until_begun(handle, plan)
+        return handle
+
+    async def prepare(self, plan: LaunchPlan) -> None:
+        """Start a program under a guard that waits for its order, unless one does."""
+        program = _program(plan)
+        if program in self._spares:
+            return
+        spare = self._spares[program] = self._launch(plan, port=0)
+        spare.watch.add_done_callback(lambda _: self._forget_spare(program, spare))
+        await self._until_begun(spare, plan)
+
+    async def give_up_spares(self) -> None:
+        """End every program that waits for its first order."""
+        spares = list(self._spares.values())
+        self._spares.clear()
+        await asyncio.gather(*(spare.stop(grace_s=0.0) for spare in spares))
+
+    async def read_ahead(self, files: Sequence[str], *, limit_bytes: int) -> None:
+        """Read in a thread; cancelled, it ends with the piece it is at."""
+        ended = threading.Event()
+        try:
+            began = time.monotonic()
+            size = await asyncio.to_thread(read_ahead, files, limit_bytes=limit_bytes, ended=ended)
+            log.debug("read ahead bytes=%d took_s=%.3f", size, time.monotonic() - began)
+        finally:
+            ended.set()
+
+    def _launch(self, plan: LaunchPlan, port: int) -> LocalHandle:
+        mark, api_key = secrets.token_hex(16), secrets.token_urlsafe(24)
+        process = _start_guard(plan, port=port, mark=mark, api_key=api_key)
         handle = LocalHandle(
-            engine,
             plan,
             process,
-            port=port,
+            api_key=api_key,
             mark=mark,
             run_dir=self._run_dir,
             gauge=self._gauge,
@@ -351,6 +420,9 @@ class LocalLauncher:
         )
         self._handles.add(handle)
         handle.watch.add_done_callback(lambda _: self._handles.discard(handle))
+        return handle
+
+    async def _until_begun(self, handle: LocalHandle, plan: LaunchPlan) -> None:
         try:
             failure = await handle.begun()
         except asyncio.CancelledError:
@@ -358,18 +430,22 @@ class LocalLauncher:
             raise
         if failure is not None:
             await handle.exited()
-            raise _start_failed(engine, plan, failure)
-        return handle
+            raise _start_failed(plan, failure)
+
+    def _forget_spare(self, program: _Program, spare: LocalHandle) -> None:
+        if self._spares.get(program) is spare:
+            del self._spares[program]
 
     async def survey(self) -> Survey:
         """Read this machine's memory, and what each living engine takes, in one thread."""
         guards = {
             handle.engine: handle.guard_pid
             for handle in self._handles
-            if handle.guard_pid is not None
+            if handle.guard_pid is not None and handle.engine is not None
         }
+        spares = [pid for spare in self._spares.values() if (pid := spare.guard_pid) is not None]
         try:
-            self._seen = await asyncio.to_thread(self._gauge.survey, guards)
+            self._seen = await asyncio.to_thread(self._gauge.survey, guards, spares)
         except OSError as error:
             stale = _last_seen(self._seen, guards)
             if stale.devices != self._seen.devices:
@@ -378,19 +454,30 @@ class LocalLauncher:
         return self._seen
 
     async def aclose(self) -> None:
-        """End every engine this launcher started and that still runs, all at once."""
+        """End every engine and spare this launcher started and that still runs, all at once."""
         stops = (handle.stop(grace_s=handle.stop_grace_s) for handle in self._handles)
         await asyncio.gather(*stops)
 
 
+_Program = tuple[tuple[str, ...], tuple[tuple[str, str], ...]]
+"""An argv and an environment: engines that share them may take each other's place."""
+
+
+def _program(plan: LaunchPlan) -> _Program:
+    return plan.argv, plan.env
+
+
 def _start_guard(
-    engine: EngineId, plan: LaunchPlan, *, port: int, mark: str
+    plan: LaunchPlan, *, port: int, mark: str, api_key: str
 ) -> subprocess.Popen[bytes]:
     argv = [argument.replace("{port}", str(port)) for argument in plan.argv]
-    env = {name: value.replace("{port}", str(port)) for name, value in plan.env}
+    env = {
+        name: value.replace("{port}", str(port)).replace("{key}", api_key)
+        for name, value in plan.env
+    }
     # A program that renames itself with setproctitle would write over the mark.
     marks = {sweep.MARK: mark, "SPT_NOENV": "1"}
-    options = ["--grace-s", f"{plan.stop_grace_s:f}"]
+    options = ["--grace-s", f"{plan.stop_grace_s:f}", *(["--orders"] if plan.order else [])]
     try:
         return subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, *options, "--", *argv],
@@ -402,7 +489,7 @@ def _start_guard(
             start_new_session=True,
         )
     except OSError as error:
-        raise _start_failed(engine, plan, error.strerror or "no process could be made") from error
+        raise _start_failed(plan, error.strerror or "no process could be made") from error
 
 
 def _inherited() -> dict[str, str]:
@@ -410,11 +497,10 @@ def _inherited() -> dict[str, str]:
     return {name: v for name, v in os.environ.items() if not name.startswith(_PRIVATE)}
 
 
-def _start_failed(engine: EngineId, plan: LaunchPlan, reason: str) -> EngineStartFailed:
+def _start_failed(plan: LaunchPlan, reason: str) -> EngineStartFailed:
     return EngineStartFailed(
-        f"The {engine.key.backend} engine could not be started: {reason}. "
-        "See whether it is installed on this machine.",
-        detail=f"engine={engine} program={plan.argv[0]} reason={reason}",
+        f"The engine could not be started: {reason}. See whether it is installed on this machine.",
+        detail=f"program={plan.argv[0]} reason={reason}",
     )
 
 

@@ -34,6 +34,7 @@ class News(StrEnum):
     STARTING = "starting"
     PROGRESS = "progress"
     READY = "ready"
+    SLEEPING = "sleeping"
     FAILED = "failed"
     STOPPING = "stopping"
     GONE = "gone"
@@ -67,7 +68,10 @@ class Engine:
     used_at: float | None = None
     memory: MemoryUse = field(default_factory=MemoryUse)
     learned: bool = False  # what it takes was noted since it is ready
+    sleep_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
     stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    stop_reason: str | None = None
     granted: bool = False  # somebody has had a lease on it
     forced: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -86,6 +90,21 @@ class Engine:
     def spec(self) -> EngineSpec:
         """What was asked for first."""
         return self.start.spec
+
+    @property
+    def serves(self) -> bool:
+        """Whether it is ready, and told neither to sleep nor to stop."""
+        asked = self.sleep_asked.is_set() or self.stop_asked.is_set()
+        return self.ready is not None and not asked
+
+    def wake(self, start: Start, decision: Decision, now: float) -> None:
+        """Load again: what was known of its last load and its memory holds no more."""
+        self.start, self.decision, self.started = start, decision, now
+        self.ready = self.loaded_at = None
+        self.memory = MemoryUse()
+        self.learned = self.granted = False
+        self.sleep_asked.clear()
+        self.woken.set()
 
     def loading(self, now: float) -> Loading | None:
         """How far its load is, by its own output, its memory and what loads took before.

@@ -25,6 +25,19 @@ def others_bytes(survey: Survey) -> Mapping[str, int]:
     return taken
 
 
+def unmapped_bytes(survey: Survey) -> int:
+    """Return how much of main memory is free, files that engines have mapped not counted as such.
+
+    0 where nothing is known.
+    """
+    if not survey.devices:
+        return 0
+    mapped = sum(
+        (use.host_bytes or 0) - (use.private_bytes or 0) for use in survey.engines.values()
+    )
+    return max(0, survey.devices[0].available_bytes - mapped)
+
+
 def is_freed(use: MemoryUse, before: Mapping[str, int], now: Mapping[str, int]) -> bool:
     """Whether an engine's memory is free: `before` and `now` are others', with and without it."""
     return all(

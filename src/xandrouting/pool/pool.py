@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Container, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar, assert_never
 
@@ -21,13 +20,16 @@ from xandrouting.core.events import (
     Effect,
     EngineExited,
     EngineReady,
+    EngineSlept,
     Event,
     Grant,
     Measured,
     Pin,
+    Prepare,
     Refuse,
     Release,
     Shutdown,
+    Sleep,
     Start,
     Stop,
     Tick,
@@ -35,9 +37,11 @@ from xandrouting.core.events import (
 )
 from xandrouting.core.ledger import DeviceState
 from xandrouting.core.model import (
+    HOST,
     Backend,
     EngineId,
     EngineSpec,
+    LaunchPlan,
     MemoryUse,
     ModelKey,
     StartFailure,
@@ -48,10 +52,12 @@ from xandrouting.core.scheduler import Scheduler
 from xandrouting.engines.base import EngineAdapter
 from xandrouting.launch.base import Handle, Launcher, Survey
 from xandrouting.net.client import Client
+from xandrouting.pool.beside import beside
 from xandrouting.pool.engine import Engine, EngineNews, Loading, News, described, retry_after_s
 from xandrouting.pool.failures import start_error
 from xandrouting.pool.learning import Learning
-from xandrouting.pool.memory import is_freed, others_bytes
+from xandrouting.pool.memory import is_freed, others_bytes, unmapped_bytes
+from xandrouting.pool.parking import Parking, SavedSlot
 from xandrouting.pool.probe import Health, StartError, http_health, until_ready
 
 _T = TypeVar("_T")
@@ -61,6 +67,8 @@ log = logging.getLogger(__name__)
 SURVEY_EVERY_S: Final = 2.0  # how old the shown memory may be
 SURVEY_LOADS_S: Final = 1.0  # the same while something loads
 FREED_POLL_S: Final = 0.05
+# Not for other options, which a conversation would not fit, nor where nobody waits for it to end.
+PARKED_WHEN: Final = frozenset(("idle", "evicted", "unload", "shutdown"))
 FREED_WAIT_S: Final = 3.0  # from an engine's end to its memory's being free again; then it is lost
 
 
@@ -132,15 +140,24 @@ class EnginePool:
         node: Launcher,
         learning: Learning,
         load_stall_s: float,
+        parking: Parking | None = None,
+        spares: Container[Backend] = (),
         health: Health = http_health,
         on_news: Callable[[EngineNews], None] = lambda _: None,
         on_survey: Callable[[], None] = lambda: None,
     ) -> None:
-        """`node` is asked for this machine's memory; `on_survey` is called after each answer."""
+        """`node` is asked for this machine's memory; `on_survey` is called after each answer.
+
+        `parking` None: conversations end with their engines. `spares` are the backends that
+        keep a process waiting for the next load.
+        """
         self._scheduler = scheduler
         self._kinds = kinds
         self._node = node
         self._learning = learning
+        self._parking = parking
+        self._spares = spares
+        self._reading: dict[ModelKey, asyncio.Task[None]] = {}  # files of loads to come
         self._on_news = on_news
         self._on_survey = on_survey
         self._survey = Survey()
@@ -163,6 +180,8 @@ class EnginePool:
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         self._take(await self._node.survey())
+        for kind in self._kinds.values():
+            self._keep(self._prepare_spare(kind))
         self._monitor = self._loop.create_task(self._survey_on())
         return self
 
@@ -273,6 +292,8 @@ class EnginePool:
         """End every engine now."""
         self._closing = True
         self._dispatch(Shutdown(force=True))
+        for reading in self._reading.values():
+            reading.cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self._monitor is not None:
@@ -289,7 +310,7 @@ class EnginePool:
         return [(view, self._engines[view.engine]) for view in self._scheduler.views()]
 
     def holds(self, key: ModelKey) -> bool:
-        """Whether an engine of this key is there or on its way."""
+        """Whether an engine of this key is there or on its way, and does not sleep."""
         return self._scheduler.holds(key)
 
     def view(self, key: ModelKey) -> tuple[EngineView, Engine] | None:
@@ -343,8 +364,14 @@ class EnginePool:
                     error.details = {"loading": described(loading)}
                     error.retry_after_s = retry_after_s(loading)
                 claim.settle()
+            case Start(wakes=True):
+                self._wake(effect)
             case Start():
                 self._start(effect)
+            case Prepare(spec):
+                self._read_ahead(spec)
+            case Sleep(engine_id):
+                self._engines[engine_id].sleep_asked.set()
             case Stop():
                 self._stop(effect)
             case _:
@@ -382,7 +409,17 @@ class EnginePool:
             start.options,
             ",".join(start.placement),
         )
+        self._read_ahead(start.spec)
         self._keep(self._run(engine, kind))
+        self._on_news(EngineNews(News.STARTING, engine, decision=start.decision))
+        self._survey_wanted.set()
+
+    def _wake(self, start: Start) -> None:
+        engine = self._engines[start.engine]
+        assert start.decision is not None  # every start has one
+        log.info("engine waking engine=%s %s", engine.id, start.options)
+        engine.wake(start, start.decision, self._loop.time())
+        self._read_ahead(start.spec)
         self._on_news(EngineNews(News.STARTING, engine, decision=start.decision))
         self._survey_wanted.set()
 
@@ -391,6 +428,7 @@ class EnginePool:
         log.info("engine stopping engine=%s reason=%s force=%s", engine.id, stop.reason, stop.force)
         self.evictions += stop.reason == "evicted"
         engine.forced = engine.forced or stop.force
+        engine.stop_reason = engine.stop_reason or stop.reason
         if stop.force and engine.stop_asked.is_set() and engine.handle is not None:
             self._keep(engine.handle.stop(grace_s=0.0))  # hurry the stop that is under way
         engine.stop_asked.set()
@@ -414,13 +452,8 @@ class EnginePool:
             engine.gone.set()
 
     async def _live(self, engine: Engine, kind: Kind) -> GatewayError | None:
-        """Run the engine to its end; return why it never became ready, if it did not."""
-        plan = kind.adapter.plan(
-            engine.spec,
-            engine.start.options,
-            api_key=secrets.token_urlsafe(24),
-            placement=engine.start.placement,
-        )
+        """Run the engine to its end; return why its last load failed, if it did."""
+        plan = self._plan(engine, kind)
         try:
             handle = await _unless_stopped(engine, kind.launcher.start(engine.id, plan))
         except _StopAsked:
@@ -429,17 +462,16 @@ class EnginePool:
             return self._failed(engine, error)
         engine.handle = handle
         try:
-            engine.client = client = Client(handle.base_url, api_key=plan.api_key or None)
-            probe = until_ready(
-                handle,
-                plan,
-                client,
-                stall_s=self._load_stall_s,
-                health=self._health,
-            )
-            await _unless_stopped(engine, probe)
+            await _unless_stopped(engine, self._load(engine, handle, plan, kind))
             self._became_ready(engine)
-            await _unless_stopped(engine, self._watch(engine, handle))
+            self._keep(self._prepare_spare(kind))
+            while await _unless_stopped(engine, self._serves_until_sleep(engine, handle)):
+                again = await _unless_stopped(engine, self._rest(engine, handle, kind))
+                if again is None:
+                    break
+                plan = again
+                await _unless_stopped(engine, self._load(engine, handle, plan, kind))
+                self._became_ready(engine)
         except _StopAsked:
             pass
         except StartError as error:
@@ -452,11 +484,107 @@ class EnginePool:
                 engine, start_error(model, failure, tail, stall_s=stall_s, status=error.status)
             )
         finally:
+            if engine.stop_reason in PARKED_WHEN and handle.exit_status is None:
+                await self._park(engine, kind)
             if engine.client is not None:
                 engine.client.close()
+            self._keep(self._prepare_spare(kind))
             await handle.stop(grace_s=0.0 if engine.forced else plan.stop_grace_s)
             await self._until_freed(engine)
         return None
+
+    def _plan(self, engine: Engine, kind: Kind) -> LaunchPlan:
+        start, parking = engine.start, self._parking
+        keeps = parking is not None and kind.adapter.slots is not None
+        return kind.adapter.plan(
+            start.spec,
+            start.options,
+            placement=start.placement,
+            slot_folder=parking.folder if keeps and parking is not None else "",
+        )
+
+    async def _load(self, engine: Engine, handle: Handle, plan: LaunchPlan, kind: Kind) -> None:
+        """Wait until the engine takes requests, and give it back its conversations."""
+        async with beside(self._fetch(engine, kind)) as fetching:
+            api_key = handle.api_key or None
+            engine.client = client = Client(handle.base_url, api_key=api_key)
+            await until_ready(handle, plan, client, stall_s=self._load_stall_s, health=self._health)
+            parked = await fetching
+        if parked and self._parking is not None and kind.adapter.slots is not None:
+            await self._parking.restore(engine.start, parked, client, kind.adapter.slots)
+
+    async def _fetch(self, engine: Engine, kind: Kind) -> tuple[SavedSlot, ...]:
+        if self._parking is None or kind.adapter.slots is None:
+            return ()
+        return await self._parking.fetch(engine.start)
+
+    async def _serves_until_sleep(self, engine: Engine, handle: Handle) -> bool:
+        """Wait until the engine shall sleep; False: it has exited by itself."""
+        async with beside(handle.exited()) as exited, beside(engine.sleep_asked.wait()) as asked:
+            await asyncio.wait({exited, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if not exited.done():
+                return True
+        self._log_exit(engine, handle)
+        return False
+
+    async def _rest(self, engine: Engine, handle: Handle, kind: Kind) -> LaunchPlan | None:
+        """Let the engine sleep; return how it goes on when it is woken. None: it has exited."""
+        await self._park(engine, kind)
+        if engine.client is not None:
+            engine.client.close()
+            engine.client = None
+        engine.woken.clear()
+        sleeping = self._until_woken(engine, handle)
+        async with beside(handle.exited()) as exited, beside(sleeping) as woken:
+            await asyncio.wait({exited, woken}, return_when=asyncio.FIRST_COMPLETED)
+            if exited.done():
+                self._log_exit(engine, handle)
+                return None
+        plan = self._plan(engine, kind)
+        handle.wake(plan)
+        return plan
+
+    async def _until_woken(self, engine: Engine, handle: Handle) -> None:
+        await handle.rest()
+        log.info("engine sleeping engine=%s", engine.id)
+        self._dispatch(EngineSlept(engine.id))
+        self._on_news(EngineNews(News.SLEEPING, engine))
+        self._survey_wanted.set()
+        await engine.woken.wait()
+
+    async def _park(self, engine: Engine, kind: Kind) -> None:
+        ready = engine.ready is not None and engine.client is not None and not engine.forced
+        if ready and self._parking is not None and kind.adapter.slots is not None:
+            assert engine.client is not None
+            await self._parking.park(engine.start, engine.client, kind.adapter.slots)
+
+    async def _prepare_spare(self, kind: Kind) -> None:
+        """Have a process wait for the next load, if there is memory to spare for it."""
+        plan = kind.adapter.spare() if kind.adapter.backend in self._spares else None
+        if plan is None or self._closing or self._is_short(kind.adapter.sleeper_bytes or 0):
+            return
+        try:
+            await kind.launcher.prepare(plan)
+        except GatewayError as error:
+            log.warning("spare not started backend=%s %s", kind.adapter.backend, error.detail)
+
+    def _is_short(self, size_bytes: int) -> bool:
+        """Whether so much main memory is more than the ledger has free."""
+        return any(
+            device.device == HOST and device.free_bytes < size_bytes
+            for device in self._scheduler.devices()
+        )
+
+    def _read_ahead(self, spec: EngineSpec) -> None:
+        """Have a model's files read while its engine waits for room, and while it starts."""
+        key = spec.key
+        limit_bytes = unmapped_bytes(self._survey)
+        if not spec.files or key in self._reading or limit_bytes <= 0:
+            return
+        launcher = self._kinds[key.backend].launcher
+        reading = self._keep(launcher.read_ahead(spec.files, limit_bytes=limit_bytes))
+        self._reading[key] = reading
+        reading.add_done_callback(lambda _: self._reading.pop(key, None))
 
     def _became_ready(self, engine: Engine) -> None:
         engine.ready = self._loop.time()
@@ -478,9 +606,7 @@ class EnginePool:
         self._on_news(EngineNews(News.FAILED, engine, error=error))
         return error
 
-    async def _watch(self, engine: Engine, handle: Handle) -> None:
-        """Wait until the engine exits by itself."""
-        await handle.exited()
+    def _log_exit(self, engine: Engine, handle: Handle) -> None:
         log.warning(
             "engine exited engine=%s status=%s last_lines:\n%s",
             engine.id,
@@ -502,6 +628,8 @@ class EnginePool:
             self._survey_wanted.clear()
             try:
                 self._take(await self._node.survey())
+                if self._parking is not None:
+                    await self._parking.drop_old()
             except Exception:  # the edge of the task: without it the ledger would never learn again
                 log.exception("survey failed")
 
@@ -511,10 +639,13 @@ class EnginePool:
             engine = self._engines.get(engine_id)
             if engine is not None:
                 engine.memory = use
-                if engine.ready is not None and not engine.stop_asked.is_set():
+                if engine.serves:
                     self._learning.see(engine.start, use, engine.load_seconds, engine.learned)
                     engine.learned = True
-        self._dispatch(Measured(survey.devices, self._freeing | dict(survey.engines)))
+        uses = self._freeing | dict(survey.engines)
+        self._dispatch(Measured(survey.devices, uses, survey.spare_bytes))
+        if survey.spares and self._is_short(survey.spare_bytes):
+            self._keep(self._node.give_up_spares())
         for engine in self._engines.values():
             if engine.ready is None:
                 self._on_news(EngineNews(News.PROGRESS, engine))
@@ -541,10 +672,11 @@ class EnginePool:
             del self._freeing[engine.id]
         self._take(survey)
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 async def _unless_stopped(engine: Engine, work: Coroutine[Any, Any, _T]) -> _T:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from xandrouting.core.model import LaunchPlan, StartFailure
 from xandrouting.launch.base import Handle
 from xandrouting.net.client import Client, UpstreamError
+from xandrouting.pool.beside import beside
 
 POLL_FIRST_S: Final = 0.01
 POLL_MAX_S: Final = 0.25
@@ -62,7 +61,7 @@ async def until_ready(
     Raises:
         StartError: it exited, or it stalled; in the second case it still runs.
     """
-    async with _kept(handle.exited()) as exited, _kept(handle.ready_line()) as line:
+    async with beside(handle.exited()) as exited, beside(handle.ready_line()) as line:
         watch = _StallWatch(handle, stall_s)
         while not line.done():
             await asyncio.wait(
@@ -103,14 +102,3 @@ class _StallWatch:
                 self._seen_bytes, self._moved_at = host_bytes, self._loop.time()
         if self._loop.time() - self._moved_at >= self._stall_s:
             raise StartError(StartFailure.STALLED, None)
-
-
-@contextlib.asynccontextmanager
-async def _kept(waiting: Coroutine[Any, Any, Any]) -> AsyncIterator[asyncio.Task[Any]]:
-    """Run `waiting` beside the block and end it with the block."""
-    task = asyncio.ensure_future(waiting)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.wait({task})

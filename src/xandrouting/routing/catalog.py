@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from xandrouting.core.errors import BackendUnavailable, DeviceUnavailable
@@ -134,6 +135,8 @@ class Catalog:
             revision=file.revision,
             learned_as=self._learned_as(file, backend),
             mmproj=None if file.mmproj is None else str(file.mmproj),
+            files=tuple(str(path) for path in _read_by_a_load(file)),
+            sleeper_bytes=adapter.sleeper_bytes,
             siblings=self._siblings(file, names, adapter, device),
         )
         return Route(spec, file.id, fields.ttl, file, fallback)
@@ -223,6 +226,12 @@ class Catalog:
             'Ask for `"device": "cpu"`, or switch device_fallback on.',
             param="device",
         )
+
+
+def _read_by_a_load(file: ModelFile) -> Iterator[Path]:
+    yield from (part.path for part in file.files)
+    if file.mmproj is not None:
+        yield file.mmproj
 
 
 def facts_of(file: ModelFile) -> ModelFacts:
