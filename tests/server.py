@@ -204,13 +204,22 @@ class Server:
             return []
 
     def engines(self) -> list[psutil.Process]:
-        """Return the engines' processes, without their guards."""
+        """Return the engines' processes, without their guards and without spares."""
+        pids = {item["pid"] for item in self.loaded()}
+        return [process for process in self.runners() if process.pid in pids]
+
+    def runners(self) -> list[psutil.Process]:
+        """Return the engines' processes and the spares."""
         return [process for process in self.tree() if is_engine(process)]
 
     def engine_processes(self, model: str = "") -> list[EngineProcess]:
-        """Return the engines to be asked directly, of `model` or all."""
-        found = [EngineProcess.of(process) for process in self.engines()]
-        return [engine for engine in found if engine.model == model or not model]
+        """Return the engines that listen, to be asked directly, of `model` or all."""
+        models = {item["pid"]: item["path"] for item in self.loaded()}
+        return [
+            EngineProcess.of(process, models[process.pid])
+            for process in self.runners()
+            if process.pid in models and model in ("", models[process.pid])
+        ]
 
     def engine(self, model: str = "") -> EngineProcess:
         """Return the only engine, of `model` or of all."""
@@ -281,11 +290,11 @@ class EngineProcess:
     key: str
 
     @classmethod
-    def of(cls, process: psutil.Process) -> Self:
-        argv = process.cmdline()
+    def of(cls, process: psutil.Process, model: str) -> Self:
         key = process.environ()["XANDROUTING_ENGINE_KEY"]
-        model, port = (argv[argv.index(flag) + 1] for flag in ("--alias", "--port"))
-        return cls(process, model, int(port), key)
+        sockets = process.net_connections("tcp")
+        [port] = [s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN]
+        return cls(process, model, port, key)
 
     @property
     def url(self) -> str:

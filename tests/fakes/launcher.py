@@ -25,11 +25,12 @@ from xandrouting.core.model import (
     StartFailure,
 )
 from xandrouting.core.scheduler import Scheduler
-from xandrouting.engines.base import ModelFacts, Phase
+from xandrouting.engines.base import ModelFacts, Phase, Slots
 from xandrouting.launch.base import Survey
 from xandrouting.net.client import Client
 from xandrouting.pool.engine import EngineNews
 from xandrouting.pool.learning import Learning
+from xandrouting.pool.parking import Parking
 from xandrouting.pool.pool import EnginePool, Kind
 from xandrouting.pool.probe import Health
 
@@ -54,6 +55,7 @@ class FakeHandle:
     """
 
     base_url = "http://127.0.0.1:9"
+    api_key = "k3y"
     pid = 4242
     killed_for_memory = False
 
@@ -82,6 +84,8 @@ class FakeHandle:
         self._gone = asyncio.Event()
         self._loading: asyncio.TimerHandle | None = None
         self._ending: asyncio.TimerHandle | None = None
+        self._load_s = load_s
+        self.rest_s = 0.0  # from the order to rest until it does
         if plan.ready_line is None:
             self._said_ready.set()
         if exit_status is not None:
@@ -115,6 +119,16 @@ class FakeHandle:
 
     async def ready_line(self) -> None:
         await self._said_ready.wait()
+
+    async def rest(self) -> None:
+        await asyncio.sleep(self.rest_s)
+        self._journal.append(f"slept {self.name}")
+
+    def wake(self, plan: LaunchPlan) -> None:
+        self.plan = plan
+        self._journal.append(f"woken {self.name}")
+        self._said_ready.clear()
+        self._loading = self._loop.call_later(self._load_s, self.say, plan.ready_line or "")
 
     async def exited(self) -> int:
         await self._gone.wait()
@@ -175,6 +189,9 @@ class FakeLauncher:
         self.says = says
         self.memory = memory
         self.journal: list[str] = []
+        self.prepared: list[LaunchPlan] = []  # spares that wait
+        self.spare_bytes = 0  # of each
+        self.read: list[tuple[tuple[str, ...], int]] = []  # files read ahead, and the limit
         self.handles: list[FakeHandle] = []
         self.living: dict[EngineId, FakeHandle] = {}
 
@@ -182,11 +199,24 @@ class FakeLauncher:
         self.surveys += 1
         await asyncio.sleep(0)
         uses = {e: h.use() for e, h in self.living.items() if h.exit_status is None}
+        spare = MemoryUse(host_bytes=self.spare_bytes, private_bytes=self.spare_bytes)
+        spares = (spare,) * len(self.prepared)
         if self.capacity_bytes is None:
-            return Survey((), uses)
-        taken = self.others_bytes + sum(use.private_bytes or 0 for use in uses.values())
+            return Survey((), uses, spares)
+        ours = (*uses.values(), *spares)
+        taken = self.others_bytes + sum(use.private_bytes or 0 for use in ours)
         host = DeviceReading(HOST, HOST, self.capacity_bytes, self.capacity_bytes - taken)
-        return Survey((host,), uses)
+        return Survey((host,), uses, spares)
+
+    async def prepare(self, plan: LaunchPlan) -> None:
+        if not self.prepared:
+            self.prepared.append(plan)
+
+    async def give_up_spares(self) -> None:
+        self.prepared.clear()
+
+    async def read_ahead(self, files: Sequence[str], *, limit_bytes: int) -> None:
+        self.read.append((tuple(files), limit_bytes))
 
     async def start(self, engine: EngineId, plan: LaunchPlan) -> FakeHandle:
         try:
@@ -196,6 +226,8 @@ class FakeLauncher:
             raise
         if isinstance(self.fail, Exception):
             raise self.fail
+        if plan.order:
+            self.prepared.clear()
         handle = FakeHandle(
             name_of(engine),
             plan,
@@ -226,10 +258,16 @@ class FakeAdapter:
         *,
         ready_line: str | None = READY_LINE,
         failure: StartFailure = StartFailure.EXITED,
+        slots: Slots | None = None,
+        sleeper_bytes: int | None = None,
+        order: str = "",
     ) -> None:
+        self.slots = slots
+        self.sleeper_bytes = sleeper_bytes
+        self.order = order
         self.ready_line = ready_line
         self.failure = failure
-        self.planned: list[tuple[EngineSpec, LoadOptions, str]] = []
+        self.planned: list[tuple[EngineSpec, LoadOptions, str]] = []  # and the slot folder
         self.classified: list[tuple[list[str], int | None]] = []
 
     def settle(self, wants: LoadOptions, facts: ModelFacts, device: str) -> LoadOptions:
@@ -244,14 +282,22 @@ class FakeAdapter:
     def phase(self, tail: Sequence[str]) -> Phase:
         return Phase.READING
 
+    def spare(self) -> LaunchPlan | None:
+        return LaunchPlan(argv=("fake",), order=self.order) if self.order else None
+
     def plan(
-        self, spec: EngineSpec, options: LoadOptions, *, api_key: str, placement: Placement
+        self,
+        spec: EngineSpec,
+        options: LoadOptions,
+        *,
+        placement: Placement,
+        slot_folder: str = "",
     ) -> LaunchPlan:
-        self.planned.append((spec, options, api_key))
+        self.planned.append((spec, options, slot_folder))
         return LaunchPlan(
             argv=("fake",),
-            api_key=api_key,
             ready_line=self.ready_line,
+            order=self.order,
             stop_grace_s=STOP_GRACE_S,
         )
 
@@ -295,6 +341,7 @@ def make_pool(
     health: Health | None = None,
     load_stall_s: float = 30.0,
     learning: Learning | None = None,
+    parking: Parking | None = None,
     on_news: Callable[[EngineNews], None] = lambda _: None,
 ) -> EnginePool:
     """A pool that has not begun; see `running` for one that has."""
@@ -303,6 +350,8 @@ def make_pool(
         {Backend.LLAMACPP: Kind(adapter or FakeAdapter(), launcher)},
         node=launcher,
         learning=learning or Learning(Figures()),
+        parking=parking,
+        spares=(Backend.LLAMACPP,),
         on_news=on_news,
         load_stall_s=load_stall_s,
         health=health or FakeHealth(),
@@ -317,6 +366,7 @@ async def running(
     health: Health | None = None,
     load_stall_s: float = 30.0,
     learning: Learning | None = None,
+    parking: Parking | None = None,
     on_news: Callable[[EngineNews], None] = lambda _: None,
     **scheduling: Any,
 ) -> AsyncIterator[EnginePool]:
@@ -329,6 +379,7 @@ async def running(
         health=health,
         load_stall_s=load_stall_s,
         learning=learning,
+        parking=parking,
         on_news=on_news,
     )
     # A ready engine is measured again and again, so the clock never stops for a deadlock.
