@@ -10,17 +10,18 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bench import stage
 from bench.processes import BenchError, cpu_s, running
+from xandrouting.engines.llamacpp import KEY_VARIABLE, READY_LINE, RUNNER, Order
 
 MODELS = Path(".cache/models")
 CHAT = "/v1/chat/completions"
-READY = "xandrouting-engine ready"
-KEY = "XANDROUTING_ENGINE_KEY"
 
 WATCH_EVERY_S = 0.005
 REST_S = 0.15  # an engine that used no CPU for so long does not generate
@@ -30,14 +31,14 @@ REST_S = 0.15  # an engine that used no CPU for so long does not generate
 class Engine:
     """A running llama.cpp, asked straight."""
 
-    argv: tuple[str, ...]
+    order: Order
     env: Mapping[str, str]
     port: int
     pid: int
 
     @property
     def key(self) -> str:
-        return self.env[KEY]
+        return self.env[KEY_VARIABLE]
 
     def busy(self) -> bool:
         """Whether one of its slots works, by its own word."""
@@ -100,12 +101,25 @@ def load(gateway: stage.Contender, **options: int | str) -> Engine:
     unload(gateway)
     body = {"model": model_of(gateway), **options}
     call(gateway.port, "POST", "/v1/models/load", body)
-    item = loaded(gateway)
-    process = Path(f"/proc/{item['pid']}")
-    argv = process.joinpath("cmdline").read_text().split("\0")[:-1]
-    lines = process.joinpath("environ").read_text().split("\0")[:-1]
-    env = dict(line.split("=", 1) for line in lines)
-    return Engine(tuple(argv), env, int(argv[argv.index("--port") + 1]), item["pid"])
+    return engine_of(loaded(gateway))
+
+
+def engine_of(item: Mapping[str, Any]) -> Engine:
+    """Return the engine that `/v1/models/loaded` shows so."""
+    process = psutil.Process(item["pid"])
+    [file] = {m.path for m in process.memory_maps() if m.path.endswith(".gguf")}
+    sockets = process.net_connections("tcp")
+    [port] = [s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN]
+    order = Order(
+        model=file,
+        alias=item["path"],
+        n_ctx_total=item["n_ctx"] * item["n_parallel"],
+        n_parallel=item["n_parallel"],
+        n_gpu_layers=item["n_gpu_layers"],
+        cache_type_k=item["cache_type_k"],
+        cache_type_v=item["cache_type_v"],
+    )
+    return Engine(order, process.environ(), port, process.pid)
 
 
 def loaded(gateway: stage.Contender) -> dict[str, Any]:
@@ -120,13 +134,16 @@ def unload(gateway: stage.Contender) -> None:
 
 @contextlib.contextmanager
 def bare(like: Engine) -> Iterator[Engine]:
-    """Run the same engine with nothing around it; begins once it is ready."""
+    """Run the same engine with nothing around it; begins once it is ready.
+
+    It warms up, as llama.cpp does by itself.
+    """
     port = stage.free_port()
-    argv = list(like.argv)
-    argv[argv.index("--port") + 1] = str(port)
-    with running(argv, env=like.env) as process:
-        process.wait_for(READY)
-        yield Engine(tuple(argv), like.env, port, process.pid)
+    order = replace(like.order, port=str(port), warmup=bool(int(__import__("os").environ.get("W","1"))))
+    with running(RUNNER, env=like.env) as process:
+        process.tell(order.line())
+        process.wait_for(READY_LINE)
+        yield Engine(order, like.env, port, process.pid)
 
 
 def call(

@@ -60,6 +60,12 @@ class Process:
             if line.startswith(start):
                 return line.removeprefix(start).strip()
 
+    def tell(self, line: str) -> None:
+        """Write a line to its stdin."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(line.encode() + b"\n")
+        self._popen.stdin.flush()
+
     def close_stdin(self) -> None:
         """Tell a child that waits for it to go on."""
         assert self._popen.stdin is not None

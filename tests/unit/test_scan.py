@@ -334,11 +334,11 @@ def test_recheck_sees_what_changed(root: Path) -> None:
     projector = write_gguf(root / "vl" / "mmproj.gguf", arch="clip")
     (root / "alias.gguf").symlink_to(file)
     model = only(root)
-    assert recheck(root, model) == model
+    assert recheck(root, model, HeaderCache()) == model
 
     projector.unlink()
     write_gguf(file, metadata={"general.name": "new"})
-    now = recheck(root, model)
+    now = recheck(root, model, HeaderCache())
     assert now is not None
     assert now.header is not None
     assert now.header.name == "new"
@@ -347,15 +347,15 @@ def test_recheck_sees_what_changed(root: Path) -> None:
     assert now.revision != model.revision
 
     file.unlink()
-    assert recheck(root, model) is None
+    assert recheck(root, model, HeaderCache()) is None
 
 
 def test_recheck_of_parts(root: Path) -> None:
     split(root, 1, 2, 3)
     model = only(root)
-    assert recheck(root, model) == model
+    assert recheck(root, model, HeaderCache()) == model
     model.files[1].path.unlink()
-    now = recheck(root, model)
+    now = recheck(root, model, HeaderCache())
     assert now is not None
     assert now.problem == "1 of 3 parts missing: 2"
 
@@ -366,11 +366,11 @@ def test_recheck_does_not_follow_a_symlink(root: Path, outside: Path, opened: li
     opened.clear()
     model.path.unlink()
     model.path.symlink_to(outside / "secret.gguf")
-    assert recheck(root, model) is None
+    assert recheck(root, model, HeaderCache()) is None
     model.path.unlink()
     model.path.parent.rmdir()
     model.path.parent.symlink_to(outside)
-    assert recheck(root, model) is None
+    assert recheck(root, model, HeaderCache()) is None
     assert opened == []
 
 

@@ -2,8 +2,8 @@
 
 Who came while an engine was in use lets it be used for `min_residency_s`, or until nobody asks
 it for `LINGER_S`: two models that share one place do not swap with every request. Who came
-after it went idle does not wait. And who has waited `fair_wait_s` for engines that are never
-idle has the fewest of them drained that will do.
+after it went idle, or just before, does not wait. And who has waited `fair_wait_s` for engines
+that are never idle has the fewest of them drained that will do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from xandrouting.core.queue import Waiter
 from xandrouting.core.weigher import Weigher
 
 LINGER_S: Final = 1.0  # a client that asks in a loop is back sooner
+SLACK_S: Final = 0.25  # a client has its answer, and asks for more, before its lease has ended
 
 
 class Turns:
@@ -34,7 +35,7 @@ class Turns:
         since, ready_at = engine.idle_since, engine.ready_at
         assert since is not None
         assert ready_at is not None
-        if engine.sleeps or engine.granted_at is None or arrived_at >= since:
+        if engine.sleeps or engine.granted_at is None or arrived_at + SLACK_S >= since:
             return since
         return min(ready_at + self._min_residency_s, since + LINGER_S)
 

@@ -75,7 +75,7 @@ class Inventory:
         return found
 
     def _recheck(self, model: ModelFile) -> ModelFile | None:
-        found = recheck(self._root, model)
+        found = recheck(self._root, model, self._cache)
         return None if found is None else self._judged(found)
 
     def _scan(self) -> Snapshot:

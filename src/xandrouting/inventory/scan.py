@@ -113,8 +113,8 @@ def scan(root: Path, cache: HeaderCache) -> Snapshot:
     return Snapshot(tuple(sorted(models, key=lambda model: model.id)), tree.all_escaping())
 
 
-def recheck(root: Path, model: ModelFile) -> ModelFile | None:
-    """Look at one model's files again and read their headers anew. None: it is gone.
+def recheck(root: Path, model: ModelFile, cache: HeaderCache) -> ModelFile | None:
+    """Look at one model's files again; headers of those that changed are read. None: it is gone.
 
     It blocks. A file that a symlink has replaced is gone: where it leads is not looked at.
     """
@@ -126,7 +126,6 @@ def recheck(root: Path, model: ModelFile) -> ModelFile | None:
     }
     if not files:
         return None
-    cache = HeaderCache()
     headers = {name: cache.read(f"{base}/{name}", status) for name, status in files.items()}
     [candidate] = _candidates(files)
     eyes = None if model.mmproj is None else _real_file(str(model.mmproj))

@@ -157,14 +157,21 @@ class Tree:
         if not self._has_table:
             self._press_group(kill)
             return
+        leader = None if self._asked or kill else look(self._engine)
+        if leader is not None:
+            self._ask(self._engine, leader.start)  # at once: the table takes milliseconds to read
         table = processes()
         for pid in descendants(table, os.getpid()):
-            name = (pid, table[pid].start)
+            start = table[pid].start
             if kill:
-                send(*name, signal.SIGKILL)
-            elif name not in self._asked:
-                self._asked.add(name)
-                send(*name, signal.SIGTERM)
+                send(pid, start, signal.SIGKILL)
+            else:
+                self._ask(pid, start)
+
+    def _ask(self, pid: int, start: int) -> None:
+        if (pid, start) not in self._asked:
+            self._asked.add((pid, start))
+            send(pid, start, signal.SIGTERM)
 
     def _press_group(self, kill: bool) -> None:
         name = (self._engine, 0)
@@ -323,4 +330,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    os._exit(main(sys.argv[1:]))  # the gateway waits for this end, and there is nothing to tidy

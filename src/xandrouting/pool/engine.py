@@ -73,6 +73,7 @@ class Engine:
     stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
     stop_reason: str | None = None
     granted: bool = False  # somebody has had a lease on it
+    served: asyncio.Event = field(default_factory=asyncio.Event)  # and has given it back
     forced: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -67,6 +67,7 @@ log = logging.getLogger(__name__)
 SURVEY_EVERY_S: Final = 2.0  # how old the shown memory may be
 SURVEY_LOADS_S: Final = 1.0  # the same while something loads
 FREED_POLL_S: Final = 0.05
+SPARE_WAIT_S: Final = 5.0  # a first answer that takes longer has its processor for long anyway
 # Not for other options, which a conversation would not fit, nor where nobody waits for it to end.
 PARKED_WHEN: Final = frozenset(("idle", "evicted", "unload", "shutdown"))
 FREED_WAIT_S: Final = 3.0  # from an engine's end to its memory's being free again; then it is lost
@@ -223,6 +224,7 @@ class EnginePool:
             return
         if claim.engine is not None:
             claim.engine.used_at = time.time()
+            claim.engine.served.set()
         self._dispatch(Release(claim.ticket, cancel))
 
     def progress(self, claim: Claim) -> str:
@@ -464,7 +466,7 @@ class EnginePool:
         try:
             await _unless_stopped(engine, self._load(engine, handle, plan, kind))
             self._became_ready(engine)
-            self._keep(self._prepare_spare(kind))
+            self._keep(self._replace_spare(engine, kind))
             while await _unless_stopped(engine, self._serves_until_sleep(engine, handle)):
                 again = await _unless_stopped(engine, self._rest(engine, handle, kind))
                 if again is None:
@@ -557,6 +559,15 @@ class EnginePool:
         if ready and self._parking is not None and kind.adapter.slots is not None:
             assert engine.client is not None
             await self._parking.park(engine.start, engine.client, kind.adapter.slots)
+
+    async def _replace_spare(self, engine: Engine, kind: Kind) -> None:
+        """Prepare a spare after the one the engine took, and not beside its first answer."""
+        if engine.granted:
+            served, stopped = beside(engine.served.wait()), beside(engine.stop_asked.wait())
+            async with served as done, stopped as ended:
+                both = {done, ended}
+                await asyncio.wait(both, timeout=SPARE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+        await self._prepare_spare(kind)
 
     async def _prepare_spare(self, kind: Kind) -> None:
         """Have a process wait for the next load, if there is memory to spare for it."""
@@ -656,6 +667,9 @@ class EnginePool:
 
         A process that is gone is not yet memory that is free: a driver takes its time.
         """
+        if not engine.memory.devices:  # main memory is free with the process
+            self._survey_wanted.set()
+            return
         before = others_bytes(self._survey)
         deadline = self._loop.time() + FREED_WAIT_S
         self._freeing[engine.id] = engine.memory
