@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import decisions, engine, estimates, machine, memory, relay, switch
+from bench import decisions, engine, estimates, machine, memory, relay, simulate, switch
 from bench.processes import CORES, BenchError
 from bench.stage import Effort
 from bench.table import Row, as_markdown, as_text
@@ -30,8 +30,12 @@ MEASURES: Mapping[str, Callable[[Effort], list[Row]]] = {
     "engine-leave": engine.leave,
     "estimates": estimates.estimates,
     "switch": switch.switch,
+    "parked": switch.parked,
+    "wake": switch.wake,
+    "read-ahead": switch.read_ahead,
     "hit": switch.hit,
     "decisions": decisions.decisions,
+    "simulate": simulate.simulate,
 }
 
 

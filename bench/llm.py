@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,13 @@ def copies(*names: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def gateway(*arguments: str, models: Path = MODELS) -> Iterator[stage.Contender]:
+def gateway(
+    *arguments: str, models: Path = MODELS, program: Sequence[str] = stage.GATEWAY
+) -> Iterator[stage.Contender]:
     """Run the gateway with the starter model, and no engine yet. Engines run on every core."""
     starter()
     arguments = ("--models-dir", str(models), "--default-ttl", "0", *arguments)
-    with stage.gateway(*arguments) as contender:
+    with stage.gateway(*arguments, program=program) as contender:
         yield contender
 
 
@@ -133,13 +135,13 @@ def unload(gateway: stage.Contender) -> None:
 
 
 @contextlib.contextmanager
-def bare(like: Engine) -> Iterator[Engine]:
+def bare(like: Engine, *, warmup: bool = False) -> Iterator[Engine]:
     """Run the same engine with nothing around it; begins once it is ready.
 
-    It warms up, as llama.cpp does by itself.
+    With `warmup` it runs once before that, as llama.cpp does by itself.
     """
     port = stage.free_port()
-    order = replace(like.order, port=str(port), warmup=bool(int(__import__("os").environ.get("W","1"))))
+    order = replace(like.order, port=str(port), warmup=warmup)
     with running(RUNNER, env=like.env) as process:
         process.tell(order.line())
         process.wait_for(READY_LINE)

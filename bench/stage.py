@@ -24,7 +24,7 @@ from bench.processes import LOAD_CORE, SERVER_CORE, BenchError, Process, running
 
 Numbers = Mapping[str, float]
 
-GATEWAY = str(Path(sys.executable).with_name("xandrouting"))
+GATEWAY = (str(Path(sys.executable).with_name("xandrouting")),)
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 
 _NGINX_CONFIG = """
@@ -72,10 +72,12 @@ def mock() -> Iterator[Contender]:
 
 
 @contextlib.contextmanager
-def gateway(*arguments: str, core: int | None = None) -> Iterator[Contender]:
+def gateway(
+    *arguments: str, core: int | None = None, program: Sequence[str] = GATEWAY
+) -> Iterator[Contender]:
     """Run the gateway as its users do, with a data directory of its own."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        argv = [GATEWAY, "serve", "--port", "0", "--data-dir", folder]
+        argv = [*program, "serve", "--port", "0", "--data-dir", folder]
         argv += ["--shutdown-grace-s", "0.5", *arguments]
         with running(argv, core=core) as process:
             url = urlsplit(process.wait_for("ready "))

@@ -29,7 +29,7 @@ STARTER = "smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = f"/models/{STARTER}"
 ENGINE_MODULE = "xandrouting.engines.llamacpp_server"
 START_TIMEOUT_S = 30.0
-HELD_BYTES = 20 << 20  # a tenth of what an engine of the starter model takes
+HELD_BYTES = 48 << 20  # more than a runner takes before it loads, and a part of what it takes then
 STOP_TIMEOUT_S = 40.0
 
 
@@ -149,7 +149,7 @@ class Server:
         if self._client is not None:
             self._client.close()
         if self._process is not None:
-            tree = self.tree()
+            tree = self.everything()
             if self._process.poll() is None:
                 self._process.terminate()
             try:
@@ -196,30 +196,30 @@ class Server:
         """Return how many engines it started, of `model` or of all, by its log."""
         return self.log().count(f"engine starting engine={model}")
 
-    def tree(self) -> list[psutil.Process]:
-        """Return every process below it: guards, engines and their children."""
+    def everything(self) -> list[psutil.Process]:
+        """Return every process below it: guards, engines, their children, and spares."""
         try:
             return psutil.Process(self.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
 
-    def engines(self) -> list[psutil.Process]:
-        """Return the engines' processes, without their guards and without spares."""
-        pids = {item["pid"] for item in self.loaded()}
+    def tree(self) -> list[psutil.Process]:
+        """Return the engines' guards, and every process below those. It must serve."""
+        guards = [psutil.Process(process.ppid()) for process in self.engines()]
+        return [p for guard in guards for p in (guard, *guard.children(recursive=True))]
+
+    def engines(self, model: str = "") -> list[psutil.Process]:
+        """Return the engines' processes, of `model` or all, without guards and spares."""
+        pids = {item["pid"] for item in self.loaded() if model in ("", item["path"])}
         return [process for process in self.runners() if process.pid in pids]
 
     def runners(self) -> list[psutil.Process]:
         """Return the engines' processes and the spares."""
-        return [process for process in self.tree() if is_engine(process)]
+        return [process for process in self.everything() if is_engine(process)]
 
     def engine_processes(self, model: str = "") -> list[EngineProcess]:
-        """Return the engines that listen, to be asked directly, of `model` or all."""
-        models = {item["pid"]: item["path"] for item in self.loaded()}
-        return [
-            EngineProcess.of(process, models[process.pid])
-            for process in self.runners()
-            if process.pid in models and model in ("", models[process.pid])
-        ]
+        """Return the engines, of `model` or all, to be asked directly: they must listen."""
+        return [EngineProcess.of(process) for process in self.engines(model)]
 
     def engine(self, model: str = "") -> EngineProcess:
         """Return the only engine, of `model` or of all."""
@@ -285,16 +285,15 @@ class EngineProcess:
     """One engine, asked without the gateway between."""
 
     process: psutil.Process
-    model: str  # the canonical id
     port: int
     key: str
 
     @classmethod
-    def of(cls, process: psutil.Process, model: str) -> Self:
+    def of(cls, process: psutil.Process) -> Self:
         key = process.environ()["XANDROUTING_ENGINE_KEY"]
         sockets = process.net_connections("tcp")
         [port] = [s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN]
-        return cls(process, model, port, key)
+        return cls(process, port, key)
 
     @property
     def url(self) -> str:
@@ -441,14 +440,14 @@ def held(server: Server, model: str = MODEL) -> Iterator[psutil.Process]:
 
     Enough of it is there by then for a percentage over 0.
     """
-    [engine] = wait_for(lambda: server.engine_processes(model), 10)
-    wait_for(lambda: engine.process.memory_info().rss > HELD_BYTES)
-    engine.process.suspend()
+    [process] = wait_for(lambda: server.engines(model), 10)
+    wait_for(lambda: process.memory_info().rss > HELD_BYTES)
+    process.suspend()
     try:
-        yield engine.process
+        yield process
     finally:
-        if not is_gone(engine.process):
-            engine.process.resume()
+        if not is_gone(process):
+            process.resume()
 
 
 @contextmanager

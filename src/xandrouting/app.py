@@ -39,6 +39,7 @@ from xandrouting.http.news import Newsroom
 from xandrouting.http.protocol import Protocol
 from xandrouting.http.schemas import EngineStatus
 from xandrouting.http.services import Services
+from xandrouting.http.upstream import UPSTREAM, UpstreamApi
 from xandrouting.inventory.architectures import KnownArchitectures
 from xandrouting.inventory.inventory import Inventory
 from xandrouting.launch.base import Survey
@@ -55,6 +56,7 @@ from xandrouting.proxy.forward import Send
 from xandrouting.proxy.request import LoadRequest
 from xandrouting.routing.catalog import Catalog, Devices
 from xandrouting.settings import Settings
+from xandrouting.telemetry.logs import LogBook
 from xandrouting.telemetry.metrics import EngineGauge, Metrics, PoolGauges
 from xandrouting.telemetry.requests import RequestStats
 
@@ -77,7 +79,12 @@ class Gateway:
     """
 
     def __init__(
-        self, settings: Settings, devices: Devices, node: LocalLauncher, survey: Survey
+        self,
+        settings: Settings,
+        devices: Devices,
+        node: LocalLauncher,
+        survey: Survey,
+        logs: LogBook,
     ) -> None:
         self._settings = settings
         self.stats = RequestStats()
@@ -114,6 +121,8 @@ class Gateway:
             on_survey=self._newsroom.survey,
         )
         self._newsroom.attend(self.pool)
+        self._logs = logs
+        logs.hand_on(self._newsroom.log_line)
         self._backends = backend_statuses(settings)
         self.catalog = Catalog(
             lambda: self.inventory.snapshot,
@@ -146,19 +155,23 @@ class Gateway:
             max_load_wait_s=settings.max_load_wait_s,
             max_queue_wait_s=settings.max_queue_wait_s,
             max_body_bytes=settings.max_body_bytes,
+            autoload=settings.models_autoload,
         )
         self.loads = Loads(self.inference, self.pool)
         control = build_control(
             Services(
                 version=__version__,
+                max_loaded=settings.max_loaded,
                 inference=self.inference,
                 pool=self.pool,
                 loads=self.loads,
+                parking=self._parking,
                 catalog=self.catalog,
                 inventory=self.inventory,
                 stats=self.stats,
                 metrics=Metrics(self.stats, self._gauges),
                 bus=self._newsroom.bus,
+                logs=logs,
                 backends=lambda: self._backends,
             )
         )
@@ -184,7 +197,7 @@ class Gateway:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._newsroom.bus.close()
+        self.close_streams()
         await self.loads.aclose()
         await self.pool.aclose()
         await self._parking.aclose()
@@ -201,8 +214,9 @@ class Gateway:
                 log.warning("preload failed model=%s code=%s %s", name, error.code, error.message)
 
     def close_streams(self) -> None:
-        """End the event streams, which would never end by themselves."""
+        """End the streams of events and of the log, which would never end by themselves."""
         self._newsroom.bus.close()
+        self._logs.close()
 
     def _pin(self) -> None:
         """Pin what the settings name.
@@ -251,8 +265,12 @@ class Gateway:
 
 def dispatcher(inference: InferenceApi, control: Asgi, gate: Gate) -> Asgi:
     """Return the application: hot paths by one look-up, everything else through FastAPI."""
+    upstream = UpstreamApi(inference)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(UPSTREAM):
+            await upstream(scope, receive, send)
+            return
         hot = scope["type"] == "http" and scope["path"] in HOT_PATHS
         if hot and scope["method"] == "POST":
             await inference(scope, receive, send)
@@ -370,12 +388,20 @@ async def serve(settings: Settings, listener: Listener, on_ready: Callable[[Gate
     Raises:
         CannotStart: the settings ask for more than this machine has.
     """
+    logs = LogBook()
+    with logs.heard():
+        return await _serve(settings, listener, on_ready, logs)
+
+
+async def _serve(
+    settings: Settings, listener: Listener, on_ready: Callable[[Gateway], None], logs: LogBook
+) -> int:
     ended = await asyncio.to_thread(sweep, settings.data_dir / "run")
     if ended:
         log.warning("engines of a killed server ended count=%d", ended)
     devices = Devices(await cuda_devices(LIST_DEVICES))
-    node = LocalLauncher(settings.data_dir / "run", open_gpus())
-    async with Gateway(settings, devices, node, await node.survey()) as gateway:
+    node = LocalLauncher(settings.data_dir / "run", open_gpus(), logs.hear)
+    async with Gateway(settings, devices, node, await node.survey(), logs) as gateway:
         server = _Server(
             uvicorn.Config(
                 gateway.asgi,

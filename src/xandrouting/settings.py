@@ -120,6 +120,9 @@ class Settings(BaseSettings):
     )
     pinned: Names = Field((), description="models loaded at the start that never leave")
     preload: Names = Field((), description="models loaded at the start")
+    models_autoload: bool = Field(
+        True, description="load the model of a request that is not loaded"
+    )
     max_queue: PositiveInt = Field(1000, description="requests that may wait for an engine")
     max_queue_wait_s: PositiveFloat = Field(
         300.0, description="how long a request waits for its engine to begin to load"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
-from tests.fakes.processes import ENGINE, fake_plan
+from tests.fakes.processes import ENGINE, fake_plan, ordered_plan
 from xandrouting.core.model import LaunchPlan, MemoryUse
 from xandrouting.launch.base import Handle, Launcher, Survey
 from xandrouting.launch.external import ExternalLauncher
 from xandrouting.launch.local import LocalLauncher
 
 LOCAL = fake_plan("--with-child", stop_grace_s=0.2)
-EXTERNAL = LaunchPlan(base_url="http://127.0.0.1:9/")
+EXTERNAL = LaunchPlan(base_url="http://127.0.0.1:9/", api_key="k3y")
 
 
 @pytest.fixture(params=["local", "external"])
@@ -127,6 +128,70 @@ async def test_closing_ends_every_engine(setup: tuple[Launcher, LaunchPlan]) -> 
     await launcher.aclose()
     assert all(handle.exit_status is not None for handle in handles)
     await launcher.aclose()
+
+
+async def test_what_an_engine_asks_of_its_clients_is_told(handle: Handle) -> None:
+    assert handle.api_key
+    assert isinstance(handle.api_key, str)
+
+
+async def test_preparing_is_no_engine(setup: tuple[Launcher, LaunchPlan]) -> None:
+    launcher, _ = setup
+    for _ in range(2):
+        await launcher.prepare(ordered_plan())
+    assert (await launcher.survey()).engines == {}
+    await launcher.give_up_spares()
+    await launcher.give_up_spares()
+    survey = await launcher.survey()
+    assert (survey.spares, survey.spare_bytes) == ((), 0)
+
+
+async def test_an_engine_starts_whether_or_not_something_was_prepared(
+    setup: tuple[Launcher, LaunchPlan],
+) -> None:
+    launcher, plan = setup
+    await launcher.prepare(ordered_plan())
+    handle = await launcher.start(ENGINE, plan)
+    async with asyncio.timeout(10):
+        await handle.ready_line()
+    assert handle.exit_status is None
+
+
+async def test_closing_ends_what_was_prepared(setup: tuple[Launcher, LaunchPlan]) -> None:
+    launcher, _ = setup
+    await launcher.prepare(ordered_plan())
+    await launcher.aclose()
+    assert (await launcher.survey()).spares == ()
+
+
+async def test_reading_ahead_never_fails(
+    setup: tuple[Launcher, LaunchPlan], tmp_path: Path
+) -> None:
+    launcher, _ = setup
+    there = tmp_path / "model"
+    there.write_bytes(b"weights")
+    await launcher.read_ahead((str(tmp_path / "none"), str(there)), limit_bytes=3)
+    await launcher.read_ahead((), limit_bytes=3)
+
+
+async def test_a_local_engine_rests_and_wakes() -> None:
+    launcher: Launcher = LocalLauncher()
+    handle = await launcher.start(ENGINE, ordered_plan())
+    async with asyncio.timeout(10):
+        await handle.ready_line()
+        await handle.rest()
+        handle.wake(ordered_plan())
+        await handle.ready_line()
+    assert handle.exit_status is None
+    await launcher.aclose()
+
+
+async def test_an_external_engine_is_not_ours_to_put_to_sleep() -> None:
+    handle: Handle = await ExternalLauncher().start(ENGINE, EXTERNAL)
+    with pytest.raises(RuntimeError, match="takes no orders"):
+        await handle.rest()
+    with pytest.raises(RuntimeError, match="takes no orders"):
+        handle.wake(EXTERNAL)
 
 
 async def test_an_external_engine_needs_an_address() -> None:

@@ -27,7 +27,7 @@ def test_sigterm_when_idle(serve: Serve) -> None:
 def test_signal_with_an_idle_engine(serve: Serve, number: signal.Signals) -> None:
     server = serve()
     server.load()
-    tree = server.tree()
+    tree = server.everything()
     assert len(tree) >= 2  # a guard and its engine
     server.signal(number)
     assert server.wait(5) == 0
@@ -39,7 +39,7 @@ def test_running_stream_ends_normally_and_new_work_is_refused(serve: Serve) -> N
     server = serve()
     with server.stream(max_tokens=80, **STORY) as stream:
         stream.first()
-        tree = server.tree()
+        tree = server.everything()
         server.signal()
         wait_for(lambda: "server stopping" in server.log())
         refused = server.chat()
@@ -70,7 +70,7 @@ def test_stream_that_outlasts_the_grace_ends_with_an_error(serve: Serve) -> None
     server = serve(shutdown_grace_s=0.5)
     with server.stream(max_tokens=4000, **STORY) as stream:
         stream.first()
-        tree = server.tree()
+        tree = server.everything()
         server.signal()
         *chunks, last = stream.rest()
     assert "[DONE]" not in chunks
@@ -87,7 +87,7 @@ def test_signal_while_a_model_loads(serve: Serve) -> None:
         asked = pool.submit(server.chat)
         process = wait_for(server.engines)[0]
         process.suspend()
-        tree = server.tree()
+        tree = server.everything()
         server.signal()
         error_of(asked.result(5), 503, "shutting_down")
     assert server.wait(10) == 0
@@ -99,7 +99,7 @@ def test_second_signal_ends_at_once(serve: Serve, number: signal.Signals) -> Non
     server = serve(shutdown_grace_s=60)
     with server.stream(max_tokens=4000, **STORY) as stream:
         stream.first()
-        tree = server.tree()
+        tree = server.everything()
         server.signal(number)
         wait_for(lambda: "server stopping" in server.log())
         asked = time.monotonic()
@@ -130,7 +130,7 @@ def test_kill_9_leaves_no_engine(serve: Serve, when: str) -> None:
 
 
 def die_by_kill_9(server: Server) -> None:
-    tree = server.tree()
+    tree = server.everything()
     assert len(tree) >= 2
     server.kill9()
     wait_for(all_gone(tree), 2)
@@ -140,7 +140,7 @@ def test_restart_right_after_kill_9(serve: Serve) -> None:
     server = serve()
     server.load()
     port = server.url.rpartition(":")[2]
-    tree = server.tree()
+    tree = server.everything()
     server.kill9()
     again = serve(port=port)
     assert ok(again.chat())

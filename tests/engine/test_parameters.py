@@ -147,8 +147,6 @@ def test_each_request_may_use_the_whole_context(server: Server, spare: str) -> N
 
 def test_zero_layers_on_the_card_stays_zero(server: Server, spare: str) -> None:
     assert server.load(spare, n_gpu_layers=0)["n_gpu_layers"] == 0
-    argv = server.engine(spare).process.cmdline()
-    assert argv[argv.index("--n-gpu-layers") + 1] == "0"
     assert server.chat(model=spare, n_gpu_layers=0).headers["x-xandrouting-load"] == "hit"
 
 

@@ -3,6 +3,9 @@
 `python fake_engine.py --port N [...]`; standard library only. Beside an engine's own addresses
 `GET /seen` lists what happened to the requests: `{"event": E, "request": N}` with E one of
 `started`, `left` (the client went before the answer was complete) and `finished`.
+
+With `--orders` it says that it waits, and reads the rest of its options from a line of stdin. Told
+`rest` it starts over; when stdin ends, so does it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import json
 import os
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,6 +28,7 @@ DEFAULT_TOKENS = 16
 ALLOCATE = (
     "held = bytearray(b'x') * ({mib} << 20); print(flush=True); import time; time.sleep(3600)"
 )
+WAITING_LINE = "fake engine waiting"
 COMPLETIONS = "/v1/chat/completions"
 HALF_MEGABYTE = 512 * 1024
 
@@ -167,7 +172,7 @@ def completion(asked: dict[str, Any]) -> dict[str, Any]:
     return envelope(asked, "chat.completion", choice) | {"usage": usage, "echo": asked}
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--load-s", type=float, default=0.0)
@@ -182,7 +187,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--token-ms", type=float, default=0.0)
     parser.add_argument("--api-key-env")
     parser.add_argument("--allocate-mib", type=int)
-    return parser.parse_args()
+    parser.add_argument("--big-mib", type=int, default=0)
+    parser.add_argument("--orders", action="store_true")
+    parser.add_argument("--deaf-to-orders", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def wait_for_order() -> list[str]:
+    print(WAITING_LINE, flush=True)
+    order = sys.stdin.readline()
+    if not order:
+        sys.exit(0)
+    return shlex.split(order)
+
+
+def follow_orders() -> None:
+    """Rest when told to. Returns when nobody is there to tell."""
+    while line := sys.stdin.readline():
+        if line == "rest\n":
+            os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def take_sigterm(ignore: bool) -> None:
@@ -214,7 +237,10 @@ def write_much() -> None:
 
 
 def main() -> int:
-    options = parse()
+    arguments = sys.argv[1:]
+    if "--orders" in arguments:
+        arguments += wait_for_order()
+    options = parse(arguments)
     take_sigterm(options.ignore_sigterm)
     if options.exit_status is not None:
         print(options.say, file=sys.stderr, flush=True)
@@ -225,12 +251,17 @@ def main() -> int:
         make_child()
     if options.allocate_mib:
         engine.held = allocate(options.allocate_mib)
+    if options.big_mib:
+        engine.held = bytearray(b"x") * (options.big_mib << 20)
     if options.big_stderr:
         write_much()
     if not options.stall:
         time.sleep(options.load_s)
         engine.loaded.set()
         print(options.ready_line, flush=True)
+    if options.orders and not options.deaf_to_orders:
+        follow_orders()
+        return 0
     while True:
         signal.pause()
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -12,6 +15,7 @@ from xandrouting.core.model import Backend, EngineId, LaunchPlan, ModelKey
 
 FAKE_ENGINE = str(Path(__file__).with_name("fake_engine.py"))
 READY_LINE = "fake engine ready"
+WAITING_LINE = "fake engine waiting"
 ENGINE = EngineId(ModelKey("/models/fake", Backend.LLAMACPP, "cpu"), 1)
 
 
@@ -23,6 +27,18 @@ def fake_plan(*options: str, stop_grace_s: float = 1.0) -> LaunchPlan:
     """Plan a fake engine with these of its options."""
     argv = fake_argv(*options)
     return LaunchPlan(argv=argv, ready_line=READY_LINE, stop_grace_s=stop_grace_s)
+
+
+def ordered_plan(*options: str, **changes: Any) -> LaunchPlan:
+    """Plan a fake engine that waits for an order, and is told these options by it."""
+    plan = LaunchPlan(
+        argv=(sys.executable, FAKE_ENGINE, "--orders"),
+        ready_line=READY_LINE,
+        order=shlex.join(("--port", "{port}", *options)).replace("'{port}'", "{port}"),
+        rest_order="rest",
+        waiting_line=WAITING_LINE,
+    )
+    return replace(plan, **changes)
 
 
 def tree_below(pid: int) -> list[psutil.Process]:

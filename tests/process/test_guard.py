@@ -9,11 +9,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.fakes.processes import READY_LINE, all_gone, fake_argv, tree_below
+from tests.fakes.processes import (
+    FAKE_ENGINE,
+    READY_LINE,
+    WAITING_LINE,
+    all_gone,
+    fake_argv,
+    tree_below,
+)
 from tests.waiting import wait_for
 from xandrouting.launch import guard
 
@@ -27,8 +35,11 @@ WITHOUT_PROC = (
 class Guard:
     """A guard's process with its three channels."""
 
-    def __init__(self, argv: tuple[str, ...], *, program: tuple[str, ...], grace_s: float) -> None:
-        command = [*program, "--grace-s", str(grace_s), "--", *argv]
+    def __init__(
+        self, argv: tuple[str, ...], *, program: tuple[str, ...], grace_s: float, orders: bool
+    ) -> None:
+        options = ["--grace-s", str(grace_s), *(["--orders"] if orders else [])]
+        command = [*program, *options, "--", *argv]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -50,18 +61,25 @@ class Guard:
         assert self.process.stderr
         return self.process.stderr.readline().decode().strip()
 
+    def until(self, said: str) -> None:
+        """Wait for this line of the engine's."""
+        while self.log_line() != said:
+            pass
+
     def ready(self) -> list[psutil.Process]:
         """Wait for the engine's ready line; return its whole tree."""
-        while self.log_line() != READY_LINE:
-            pass
+        self.until(READY_LINE)
         return tree_below(self.process.pid)
 
 
 @contextmanager
 def guarding(
-    *argv: str, grace_s: float = 0.5, program: tuple[str, ...] = ("-I", "-S", guard.__file__)
+    *argv: str,
+    grace_s: float = 0.5,
+    program: tuple[str, ...] = ("-I", "-S", guard.__file__),
+    orders: bool = False,
 ) -> Iterator[Guard]:
-    started = Guard(argv, program=(sys.executable, *program), grace_s=grace_s)
+    started = Guard(argv, program=(sys.executable, *program), grace_s=grace_s, orders=orders)
     with started.process:
         try:
             yield started
@@ -201,6 +219,89 @@ def test_without_proc_the_process_group_ends() -> None:
         guarded.tell("stop 0.1")
         assert guarded.hear() == "exited -9"
         wait_for(all_gone(tree), 2.0)
+
+
+# Orders.
+
+WAITS = (sys.executable, FAKE_ENGINE, "--orders")
+
+
+def test_an_order_reaches_the_engine_as_it_is() -> None:
+    with guarding("sh", "-c", "cat", orders=True) as guarded:
+        guarded.hear()
+        long = "x" * 10_000  # longer than the guard reads at once
+        guarded.tell('tell {"a": "b  c", "\\u00fc": 1} ')
+        guarded.tell(f"tell {long}\ntell")
+        assert guarded.process.stderr
+        read = guarded.process.stderr.readline
+        assert read() == b'{"a": "b  c", "\\u00fc": 1} \n'
+        assert read() == long.encode() + b"\n"
+        assert read() == b"\n"
+
+
+def test_an_order_may_come_in_pieces() -> None:
+    with guarding("sh", "-c", "cat", orders=True) as guarded:
+        guarded.hear()
+        assert guarded.process.stdin
+        for piece in (b"te", b"ll one", b" two\nst"):
+            guarded.process.stdin.write(piece)
+            guarded.process.stdin.flush()
+        assert guarded.log_line() == "one two"
+        guarded.tell("op 0.1")
+        assert guarded.hear().startswith("exited")
+
+
+def test_an_engine_rests_as_the_same_process() -> None:
+    with guarding(*WAITS, orders=True) as guarded:
+        engine = int(guarded.hear().removeprefix("pid "))
+        for _ in range(2):
+            guarded.until(WAITING_LINE)
+            guarded.tell("tell --port 0")
+            assert [process.pid for process in guarded.ready()] == [engine]
+            guarded.tell("tell rest")
+        guarded.until(WAITING_LINE)
+        guarded.tell("stop 60")
+        assert guarded.hear() == "exited -15"
+
+
+def test_an_engine_that_rests_still_ends_with_its_guard() -> None:
+    """What the kernel promised to do at its parent's death is kept over an exec."""
+    with guarding(*WAITS, orders=True) as guarded:
+        guarded.until(WAITING_LINE)
+        guarded.tell("tell --port 0")
+        tree = guarded.ready()
+        guarded.tell("tell rest")
+        guarded.until(WAITING_LINE)
+        guarded.process.kill()
+        wait_for(all_gone(tree), 2.0)
+
+
+@pytest.mark.parametrize("orders", [True, False])
+def test_an_order_for_nobody_is_no_fault(orders: bool) -> None:
+    with guarding("sh", "-c", "exec <&-; echo closed; sleep 60", orders=orders) as guarded:
+        guarded.hear()
+        assert guarded.log_line() == "closed"
+        guarded.tell("tell anybody?\ntell nobody")
+        guarded.tell("stop 60")
+        assert guarded.hear() == "exited -15"
+
+
+def test_orders_that_are_not_read_keep_no_stop() -> None:
+    with guarding("sleep", "60", orders=True) as guarded:
+        guarded.hear()
+        for _ in range(20):
+            guarded.tell("tell " + "x" * 10_000)
+        guarded.tell("stop 60")
+        assert guarded.hear() == "exited -15"
+
+
+def test_only_the_engine_holds_its_end_of_the_orders() -> None:
+    """Else it would not see the guard's end as the end of its orders."""
+    with guarding("sleep", "60", orders=True) as guarded:
+        engine = int(guarded.hear().removeprefix("pid "))
+        mine = Path(f"/proc/{engine}/fd/0").stat().st_ino
+        held = Path(f"/proc/{guarded.process.pid}/fd").iterdir()
+        assert [file.stat().st_ino for file in held].count(mine) == 1  # the other one
 
 
 def test_a_signal_for_an_earlier_user_of_a_pid_reaches_nobody() -> None:

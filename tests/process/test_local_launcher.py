@@ -11,24 +11,36 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
 import uvloop
 
 from tests.fakes.nvml import GIB, FakeCard, FakeNvml
-from tests.fakes.processes import ENGINE, READY_LINE, all_gone, fake_plan, tree_below
+from tests.fakes.processes import (
+    ENGINE,
+    READY_LINE,
+    all_gone,
+    fake_plan,
+    ordered_plan,
+    tree_below,
+)
 from tests.waiting import async_wait_for, wait_for
 from xandrouting.core.errors import EngineStartFailed
-from xandrouting.core.model import LaunchPlan, MemoryUse
-from xandrouting.launch import host_memory
+from xandrouting.core.model import EngineId, LaunchPlan, MemoryUse
+from xandrouting.launch import guard, host_memory, sweep
 from xandrouting.launch.base import Handle
-from xandrouting.launch.local import LocalLauncher, reserve_port
+from xandrouting.launch.local import LocalHandle, LocalLauncher, reserve_port
 from xandrouting.launch.nvml import open_gpus
+
+T = TypeVar("T")
 
 MIB = 1 << 20
 STUBBORN = ("--ignore-sigterm", "--with-child")
@@ -215,15 +227,25 @@ async def test_the_ready_line_is_the_beginning_of_a_line(launcher: LocalLauncher
     os.close(writable)
 
 
-async def test_the_log_gets_the_output_at_debug_only(
-    launcher: LocalLauncher, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG, "xandrouting")
-    handle = await launcher.start(ENGINE, shell("echo hello"))
-    await handle.exited()
-    records = [record for record in caplog.records if "hello" in record.getMessage()]
-    assert [record.levelno for record in records] == [logging.DEBUG]
-    assert f"engine={ENGINE}" in records[0].getMessage()
+async def test_each_line_is_told_with_the_engine_that_printed_it() -> None:
+    heard: list[tuple[EngineId, str]] = []
+    launcher = LocalLauncher(hear=lambda engine, line: heard.append((engine, line)))
+    other = replace(ENGINE, incarnation=2)
+    plans = {ENGINE: shell("echo hello; echo there"), other: shell("printf again >&2")}
+    for engine, plan in plans.items():
+        await (await launcher.start(engine, plan)).exited()
+    assert heard == [(ENGINE, "hello"), (ENGINE, "there"), (other, "again")]
+
+
+async def test_each_engine_gets_a_key_of_its_own(launcher: LocalLauncher) -> None:
+    plan = replace(fake_plan("--api-key-env", "KEY"), env=(("KEY", "{key}"),))
+    handles = [await launcher.start(ENGINE, plan) for _ in range(2)]
+    assert len({handle.api_key for handle in handles}) == 2
+    for handle in handles:
+        assert len(handle.api_key) >= 32
+        process = psutil.Process(handle.pid)
+        assert process.environ()["KEY"] == handle.api_key
+        assert handle.api_key not in " ".join(process.cmdline())
 
 
 async def test_measure_is_the_share_of_the_tree_without_the_guard(
@@ -386,6 +408,316 @@ async def test_aclose_ends_all_engines_at_once() -> None:
     assert all(all_gone(tree)() for tree in trees)
 
 
+# Engines that wait for an order.
+
+
+async def ordered(launcher: LocalLauncher, *options: str) -> LocalHandle:
+    """Start an engine that takes orders, and wait until it followed the first."""
+    handle = await launcher.start(ENGINE, ordered_plan(*options))
+    await soon(handle.ready_line())
+    return handle
+
+
+async def soon(waiting: Coroutine[None, None, T]) -> T:
+    async with asyncio.timeout(10):
+        return await waiting
+
+
+async def spare(launcher: LocalLauncher, plan: LaunchPlan | None = None) -> psutil.Process:
+    """Prepare a spare; return its process."""
+    before = our_children()
+    await launcher.prepare(plan or ordered_plan())
+    [process] = [child for child in our_children() - before if not is_guard(child)]
+    return process
+
+
+def is_guard(process: psutil.Process) -> bool:
+    return guard.__file__ in process.cmdline()
+
+
+def health(base_url: str) -> int:
+    with urllib.request.urlopen(f"{base_url}/health") as response:
+        return int(response.status)
+
+
+async def test_an_order_is_followed(launcher: LocalLauncher) -> None:
+    handle = await ordered(launcher)
+    assert await asyncio.to_thread(health, handle.base_url) == 200
+    port = handle.base_url.removeprefix("http://127.0.0.1:")
+    assert port not in psutil.Process(handle.pid).cmdline()
+
+
+async def test_a_spare_becomes_the_engine(launcher: LocalLauncher) -> None:
+    process = await spare(launcher)
+    children = our_children()
+    handle = await ordered(launcher)
+    assert handle.pid == process.pid
+    assert our_children() == children
+    assert await asyncio.to_thread(health, handle.base_url) == 200
+    assert await soon(handle.stop(grace_s=1)) is None
+    assert handle.exit_status is not None
+
+
+async def test_a_spare_is_taken_once(launcher: LocalLauncher) -> None:
+    process = await spare(launcher)
+    first, second = await ordered(launcher), await ordered(launcher)
+    assert first.pid == process.pid != second.pid
+    assert first.base_url != second.base_url
+    assert first.api_key != second.api_key
+
+
+async def test_a_spare_that_has_not_begun_yet_is_taken(launcher: LocalLauncher) -> None:
+    preparing = asyncio.create_task(launcher.prepare(ordered_plan()))
+    await asyncio.sleep(0)
+    handle = await ordered(launcher)
+    await preparing
+    assert len(our_children()) == 2
+    assert await asyncio.to_thread(health, handle.base_url) == 200
+
+
+async def test_a_spare_is_for_its_own_program_and_environment(launcher: LocalLauncher) -> None:
+    process = await spare(launcher)
+    other = await launcher.start(ENGINE, ordered_plan(env=(("A", "1"),)))
+    without_order = (await ready(launcher))[0]
+    assert process.pid not in (other.pid, without_order.pid)
+    assert (await ordered(launcher)).pid == process.pid
+
+
+async def test_a_spare_s_words_are_nobody_s_until_it_is_an_engine(tmp_path: Path) -> None:
+    heard: list[tuple[EngineId, str]] = []
+    launcher = LocalLauncher(hear=lambda engine, line: heard.append((engine, line)))
+    script = f"echo early; touch {tmp_path}/said; read order; echo $order; exec sleep 60"
+    plan = ordered_plan(argv=("sh", "-c", script), order="late", ready_line="late")
+    await launcher.prepare(plan)
+    await async_wait_for((tmp_path / "said").exists)
+    await asyncio.sleep(0.05)  # what it said is in the pipe, and is read with the next turn
+    handle = await launcher.start(ENGINE, plan)
+    await soon(handle.ready_line())
+    assert heard == [(ENGINE, "late")]
+    assert list(handle.tail()) == ["early", "late"]
+    await launcher.aclose()
+
+
+async def test_preparing_twice_is_preparing_once(launcher: LocalLauncher) -> None:
+    await asyncio.gather(*(launcher.prepare(ordered_plan()) for _ in range(3)))
+    await launcher.prepare(ordered_plan("--big-mib", "1"))  # another order, the same program
+    assert len(our_children()) == 2
+
+
+async def test_after_it_is_taken_another_may_be_prepared(launcher: LocalLauncher) -> None:
+    await spare(launcher)
+    await ordered(launcher)
+    process = await spare(launcher)
+    assert (await ordered(launcher)).pid == process.pid
+
+
+async def test_what_cannot_be_prepared_is_told_each_time(launcher: LocalLauncher) -> None:
+    for _ in range(2):
+        with pytest.raises(EngineStartFailed, match="No such file"):
+            await launcher.prepare(ordered_plan(argv=("/no/such/program",)))
+    assert our_children() == set()
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+async def test_a_spare_that_was_killed_is_not_taken(launcher: LocalLauncher, noticed: bool) -> None:
+    process = await spare(launcher)
+    process.kill()
+    if noticed:
+        await async_wait_for(lambda: not our_children())
+    else:
+        wait_for(all_gone([process]))  # in this thread: the launcher hears nothing of it
+    handle = await ordered(launcher)
+    assert handle.pid != process.pid
+    assert await asyncio.to_thread(health, handle.base_url) == 200
+
+
+async def test_a_spare_that_ended_by_itself_is_replaced(launcher: LocalLauncher) -> None:
+    plan = ordered_plan(argv=("sh", "-c", "exit 1"))
+    await launcher.prepare(plan)
+    await async_wait_for(lambda: not our_children())
+    await launcher.prepare(plan)
+    handle = await launcher.start(ENGINE, plan)
+    assert await soon(handle.exited()) == 1
+
+
+async def test_spares_are_given_up(launcher: LocalLauncher) -> None:
+    await spare(launcher)
+    await soon(launcher.give_up_spares())
+    assert our_children() == set()
+    await launcher.give_up_spares()
+    await ordered(launcher)
+
+
+async def test_giving_up_spares_spares_the_engines(launcher: LocalLauncher) -> None:
+    await spare(launcher)
+    handle = await ordered(launcher)
+    await launcher.give_up_spares()
+    assert handle.exit_status is None
+    assert await asyncio.to_thread(health, handle.base_url) == 200
+
+
+async def test_a_survey_tells_of_spares(launcher: LocalLauncher) -> None:
+    await spare(launcher)
+    survey = await launcher.survey()
+    assert survey.engines == {}
+    [use] = survey.spares
+    assert use.devices in (None, ())
+    assert 0 < survey.spare_bytes == (use.private_bytes or 0) < 40 * MIB
+    await ordered(launcher)
+    survey = await launcher.survey()
+    assert (set(survey.engines), survey.spares, survey.spare_bytes) == ({ENGINE}, (), 0)
+
+
+async def test_a_spare_that_is_starting_can_be_surveyed(launcher: LocalLauncher) -> None:
+    preparing = asyncio.create_task(launcher.prepare(ordered_plan()))
+    await asyncio.sleep(0)
+    assert len((await launcher.survey()).spares) == 1
+    await preparing
+
+
+async def test_aclose_ends_spares() -> None:
+    launcher = LocalLauncher()
+    await spare(launcher)
+    await soon(launcher.aclose())
+    assert our_children() == set()
+
+
+async def test_a_start_with_a_spare_that_is_cancelled_leaves_nothing(
+    launcher: LocalLauncher,
+) -> None:
+    preparing = asyncio.create_task(launcher.prepare(ordered_plan()))
+    await asyncio.sleep(0)
+    starting = asyncio.create_task(launcher.start(ENGINE, ordered_plan()))
+    await asyncio.sleep(0)
+    assert not starting.done()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await preparing
+    assert our_children() == set()
+    assert (await launcher.survey()).spares == ()
+
+
+async def test_an_end_for_want_of_memory_before_it_was_the_engine_s_does_not_count(
+    launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_memory, "oom_kills", lambda: 3)
+    process = await spare(launcher)
+    monkeypatch.setattr(host_memory, "oom_kills", lambda: 4)
+    handle = await ordered(launcher)
+    process.kill()
+    assert await soon(handle.exited()) == -signal.SIGKILL
+    assert not handle.killed_for_memory
+
+
+# Rest.
+
+
+async def test_an_engine_that_rests_has_given_back_memory_and_port(
+    launcher: LocalLauncher,
+) -> None:
+    handle = await ordered(launcher, "--big-mib", "60")
+    pid = handle.pid
+    taken = (await handle.measure()).host_bytes
+    assert taken is not None
+    assert taken > 60 * MIB
+    await soon(handle.rest())
+    assert (handle.pid, handle.exit_status) == (pid, None)
+    left = (await handle.measure()).host_bytes
+    assert left is not None
+    assert left < 30 * MIB
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        await asyncio.to_thread(health, handle.base_url)
+    assert set((await launcher.survey()).engines) == {ENGINE}
+
+
+async def test_it_wakes_with_another_order_at_another_port(launcher: LocalLauncher) -> None:
+    handle = await ordered(launcher)
+    pid, before, key = handle.pid, handle.base_url, handle.api_key
+    for _ in range(2):
+        await soon(handle.rest())
+        handle.wake(ordered_plan("--ready-line", "up again", ready_line="up"))
+        await soon(handle.ready_line())
+        assert handle.tail()[-1] == "up again"
+        assert await asyncio.to_thread(health, handle.base_url) == 200
+    assert (handle.pid, handle.api_key) == (pid, key)
+    assert handle.base_url != before
+
+
+async def test_the_ready_line_of_before_says_nothing_after_a_wake(launcher: LocalLauncher) -> None:
+    handle = await ordered(launcher)
+    await soon(handle.rest())
+    handle.wake(ordered_plan("--stall"))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await handle.ready_line()
+
+
+async def test_an_engine_may_be_stopped_while_it_goes_to_rest(launcher: LocalLauncher) -> None:
+    handle = await ordered(launcher, "--deaf-to-orders")
+    resting = asyncio.create_task(handle.rest())
+    await asyncio.sleep(0)
+    await soon(handle.stop(grace_s=1))
+    assert not resting.done()  # as it says
+    resting.cancel()
+    assert our_children() == set()
+
+
+async def test_an_engine_that_rests_may_be_stopped(launcher: LocalLauncher) -> None:
+    handle = await ordered(launcher)
+    await soon(handle.rest())
+    await soon(handle.stop(grace_s=1))
+    assert our_children() == set()
+
+
+async def test_an_engine_that_died_in_its_rest_takes_no_orders(launcher: LocalLauncher) -> None:
+    handle = await ordered(launcher)
+    await soon(handle.rest())
+    psutil.Process(handle.pid).kill()
+    assert await soon(handle.exited()) == -signal.SIGKILL
+    handle.wake(ordered_plan())
+    assert await handle.exited() == -signal.SIGKILL
+
+
+async def test_a_wake_that_fails_leaves_its_words(launcher: LocalLauncher) -> None:
+    handle = await ordered(launcher)
+    await soon(handle.rest())
+    handle.wake(ordered_plan("--exit", "4", "--say", "error: bad magic"))
+    assert await soon(handle.exited()) == 4
+    assert handle.tail()[-1] == "error: bad magic"
+
+
+# Read-ahead.
+
+
+async def test_files_are_read_in_a_thread_and_a_missing_one_is_no_fault(
+    launcher: LocalLauncher, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "xandrouting")
+    file = tmp_path / "model"
+    file.write_bytes(b"x" * MIB)
+    await launcher.read_ahead((str(tmp_path / "none"), str(file)), limit_bytes=MIB // 2)
+    assert f"read ahead bytes={MIB // 2} " in caplog.text
+
+
+async def test_reading_ahead_ends_when_it_is_cancelled(
+    launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[threading.Event] = []
+
+    def read(files: object, *, limit_bytes: int, ended: threading.Event) -> int:
+        events.append(ended)
+        ended.wait(10)
+        return limit_bytes
+
+    monkeypatch.setattr("xandrouting.launch.local.read_ahead", read)
+    reading = asyncio.create_task(launcher.read_ahead(("/models/m",), limit_bytes=1))
+    await async_wait_for(lambda: events)
+    reading.cancel()
+    await asyncio.wait({reading})
+    assert events[0].is_set()
+
+
 def test_a_reserved_port_is_only_for_a_server() -> None:
     port = reserve_port()
     with socket.socket() as plain, pytest.raises(OSError, match="in use"):
@@ -400,6 +732,18 @@ def test_a_reserved_port_is_only_for_a_server() -> None:
 def test_no_two_engines_get_one_port() -> None:
     ports = [reserve_port() for _ in range(300)]
     assert len(set(ports)) == len(ports)
+
+
+async def a_spare_s_life() -> None:
+    launcher = LocalLauncher()
+    await launcher.prepare(ordered_plan())
+    handle = await ordered(launcher)
+    await soon(handle.rest())
+    handle.wake(ordered_plan())
+    await soon(handle.ready_line())
+    await launcher.prepare(ordered_plan())
+    await soon(launcher.aclose())
+    assert not our_children()
 
 
 async def a_whole_life() -> None:
@@ -433,7 +777,8 @@ async def a_killed_guard() -> None:
 
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 @pytest.mark.parametrize(
-    "scenario", [a_whole_life, a_cancelled_start, a_failing_start, a_killed_guard]
+    "scenario",
+    [a_whole_life, a_spare_s_life, a_cancelled_start, a_failing_start, a_killed_guard],
 )
 def test_on_either_loop(
     scenario: Callable[[], Coroutine[None, None, None]],
@@ -445,10 +790,19 @@ def test_on_either_loop(
 
 GATEWAY = """
 import asyncio, sys
-from tests.fakes.processes import ENGINE, fake_plan
+from pathlib import Path
+from tests.fakes.processes import ENGINE, fake_plan, ordered_plan
 from xandrouting.launch.local import LocalLauncher
 
+async def spare():
+    launcher = LocalLauncher(Path(sys.argv[2]))
+    await launcher.prepare(ordered_plan())
+    print("ready", flush=True)
+    await asyncio.sleep(60)
+
 async def main():
+    if sys.argv[1] == "spare":
+        await spare()
     launcher = LocalLauncher()
     handle = await launcher.start(ENGINE, fake_plan("--ignore-sigterm", "--with-child"))
     await handle.ready_line()
@@ -460,9 +814,12 @@ asyncio.run(main())
 """
 
 
-def gateway(what: str) -> subprocess.Popen[bytes]:
-    """Start a process that starts a deaf engine, and then waits or returns without a goodbye."""
-    command = [sys.executable, "-c", GATEWAY, what]
+def gateway(*what: str) -> subprocess.Popen[bytes]:
+    """Start a process that starts a deaf engine, and then waits or returns without a goodbye.
+
+    Or one that prepares a spare.
+    """
+    command = [sys.executable, "-c", GATEWAY, *what]
     root = Path(__file__).parents[2]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
 
@@ -484,3 +841,19 @@ def test_a_gateway_that_forgets_to_close_leaves_nothing() -> None:
         tree = tree_below(parent.pid)
         assert parent.wait(10) == 0
         wait_for(all_gone(tree), 2.0)
+
+
+@pytest.mark.parametrize("guard_too", [False, True])
+def test_a_gateway_killed_outright_leaves_no_spare(tmp_path: Path, guard_too: bool) -> None:
+    with gateway("spare", str(tmp_path)) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == b"ready\n"
+        tree = tree_below(parent.pid)
+        assert len(tree) == 2
+        assert len(list(tmp_path.iterdir())) == 1  # what a sweep would look for
+        parent.kill()
+        if guard_too:
+            tree[0].kill()
+        wait_for(all_gone(tree), 2.0)
+    assert sweep.sweep(tmp_path) == 0
+    assert list(tmp_path.iterdir()) == []

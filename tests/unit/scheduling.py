@@ -139,6 +139,13 @@ def start(
     return Start(nth(spec, incarnation), spec, settled, placement)
 
 
+def wake(
+    spec: EngineSpec, incarnation: int = 1, *, placement: Placement = (), **options: Any
+) -> Start:
+    """Return the same of one that sleeps."""
+    return replace(start(spec, incarnation, placement=placement, **options), wakes=True)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Refused:
     """Equals a Refuse of this ticket with an error of this type, whatever its words."""

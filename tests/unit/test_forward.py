@@ -19,7 +19,7 @@ from xandrouting.core.errors import (
 )
 from xandrouting.net.client import Client, ConnectError, Headers, Response, UpstreamError
 from xandrouting.proxy.forward import END_WAIT_S, ERROR_BYTES, Answer, ask, relay
-from xandrouting.proxy.headers import EVENT_STREAM_HEADERS
+from xandrouting.proxy.headers import EVENT_STREAM_HEADERS, forwarded
 
 END = None  # the answer is complete
 CUT = UpstreamError("cut", began=True)
@@ -123,6 +123,7 @@ async def forward(
             cast("Client", upstream),
             b"/v1/chat/completions",
             b"{}",
+            method=more.get("method", b"POST"),
             headers=b"content-type: application/json\r\n",
             name="The engine of qwen",
             explain=more.get("explain", no_words),
@@ -142,6 +143,32 @@ async def test_the_request_goes_out_as_it_was_given() -> None:
     assert upstream.requests == [
         (b"POST", b"/v1/chat/completions", b"{}", b"content-type: application/json\r\n")
     ]
+
+
+@virtual_time
+async def test_any_method_goes_out() -> None:
+    upstream = Upstream(END)
+    await forward(upstream, Got(), method=b"DELETE")
+    assert upstream.requests[0][0] == b"DELETE"
+
+
+@virtual_time
+async def test_unexplained_a_refusal_is_an_answer_like_any_other() -> None:
+    body = b'{"error":{"code":404,"message":"File Not Found"}}'
+    upstream = Upstream(body, END, status=404, headers=[(b"content-type", b"application/json")])
+    got = Got()
+    await forward(upstream, got, explain=None)
+    assert (got.status, b"".join(got.pieces), got.ended) == (404, body, True)
+
+
+def test_what_an_engine_gets_of_a_clients_headers() -> None:
+    kept = [(b"accept", b"text/html"), (b"x-tag", b"1"), (b"x-tag", b"2")]
+    secret = [
+        (name, b"secret")
+        for name in (b"authorization", b"x-api-key", b"cookie", b"proxy-authorization")
+    ]
+    between = [(b"host", b"h"), (b"content-length", b"2"), (b"transfer-encoding", b"chunked")]
+    assert forwarded([*secret, *kept, *between]) == b"accept: text/html\r\nx-tag: 1\r\nx-tag: 2\r\n"
 
 
 # Streams.

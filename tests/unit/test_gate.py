@@ -148,6 +148,35 @@ def test_other_pages_may_ask_where_nothing_changes(method: str) -> None:
     assert check(LOCAL, method, origin="http://attacker.example") is None
 
 
+@pytest.mark.parametrize("path", ["/unload", "/upstream/qwen/slots"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://attacker.example"},
+        {"origin": "null", "sec_fetch_site": "same-origin"},
+        {"sec_fetch_site": "cross-site"},  # a link or an image has no Origin
+        {"sec_fetch_site": "Cross-Site"},
+        {"sec_fetch_site": "same-site"},  # http://localhost:3000
+    ],
+)
+def test_other_pages_may_not_change_by_a_get(path: str, headers: dict[str, str]) -> None:
+    assert check(LOCAL, "GET", path, **headers) is Forbidden
+    assert check(LOCAL, "GET", "/running", **headers) is None
+
+
+@pytest.mark.parametrize("path", ["/unload", "/upstream/qwen/slots"])
+def test_who_is_no_foreign_page_may(path: str) -> None:
+    assert check(LOCAL, "GET", path) is None  # curl
+    assert check(LOCAL, "GET", path, sec_fetch_site="none") is None  # typed by a person
+    assert check(LOCAL, "GET", path, sec_fetch_site="same-origin") is None
+    chat = Gate(api_key=None, check_host=True, origins=("https://chat.example",))
+    headers = {"origin": "https://chat.example", "sec_fetch_site": "cross-site"}
+    assert check(chat, "GET", path, **headers) is None
+    assert check(chat, "GET", path, sec_fetch_site="cross-site") is Forbidden
+    anyone = Gate(api_key=None, check_host=True, origins=("*",))
+    assert check(anyone, "GET", path, sec_fetch_site="cross-site") is None
+
+
 def test_configured_origins_may_ask() -> None:
     gate = Gate(api_key=None, check_host=True, origins=("https://Chat.Example",))
     assert check(gate, origin="https://chat.example") is None

@@ -12,8 +12,9 @@ from fastapi import FastAPI
 
 from tests.fakes.loop import virtual_time
 from xandrouting.core.errors import InvalidRequest
-from xandrouting.http.events import PING_S, add_event_calls
+from xandrouting.http.events import add_event_calls
 from xandrouting.http.protocol import CONNECTION, Connection
+from xandrouting.http.stream import PING_S
 from xandrouting.telemetry.events import QUEUE_EVENTS, EventBus
 
 

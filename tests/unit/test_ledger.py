@@ -108,6 +108,15 @@ def test_a_new_charge_replaces_the_one_before() -> None:
     assert ledger.charge_of(QWEN_1) == {HOST: 7}
 
 
+def test_who_falls_asleep_gives_its_place_and_its_card_back() -> None:
+    ledger = Ledger(max_engines=1, budgets={HOST: 10, CARD: 8})
+    ledger.charge(QWEN_1, {ENGINES: 1, HOST: 3, CARD: 5})
+    ledger.charge(QWEN_1, {HOST: 1})
+    assert (ledger.free(ENGINES), ledger.free(HOST), ledger.free(CARD)) == (1, 9, 8)
+    assert ledger.lacks({ENGINES: 1, HOST: 10}) == {HOST: 1}
+    assert ledger.lacks({ENGINES: 1, HOST: 10}, freed=ledger.charge_of(QWEN_1)) == {}
+
+
 def test_who_is_gone_is_charged_no_more() -> None:
     ledger = Ledger(budgets={HOST: 10})
     ledger.charge(QWEN_1, {HOST: 3})

@@ -12,10 +12,18 @@ from tests.unit.scheduling import QWEN
 from xandrouting.core.cover import fill
 from xandrouting.core.errors import EngineRejected, GatewayError, UnsupportedByEngine
 from xandrouting.core.model import EngineSpec, LaunchPlan, LoadOptions, Placement, StartFailure
-from xandrouting.engines.base import ModelFacts
-from xandrouting.engines.llamacpp import KEY_VARIABLE, READY_LINE, LlamaCpp
+from xandrouting.engines.base import ModelFacts, Phase, SlotState
+from xandrouting.engines.llamacpp import (
+    KEY_VARIABLE,
+    READY_LINE,
+    REST_ORDER,
+    WAITING_LINE,
+    LlamaCpp,
+    Order,
+)
 
 ADAPTER = LlamaCpp()
+SLOTS = ADAPTER.slots
 FACTS = ModelFacts(size_bytes=100, context_length=32_768, layers=24)
 SMALL = replace(FACTS, context_length=2048)
 UNTOLD = ModelFacts(size_bytes=100)
@@ -33,13 +41,11 @@ def on(device: str, spec: EngineSpec = QWEN) -> EngineSpec:
 
 def plan(spec: EngineSpec = QWEN, options: LoadOptions = OPTIONS) -> LaunchPlan:
     placement = () if spec.key.device == "cpu" else (spec.key.device,)
-    return ADAPTER.plan(spec, options, api_key="k3y", placement=placement)
+    return ADAPTER.plan(spec, options, placement=placement)
 
 
-def flag(launch: LaunchPlan, name: str) -> str | None:
-    if name not in launch.argv:
-        return None
-    return launch.argv[launch.argv.index(name) + 1]
+def order(spec: EngineSpec = QWEN, options: LoadOptions = OPTIONS) -> Order:
+    return Order.parse(plan(spec, options).order.encode())
 
 
 # Options.
@@ -112,34 +118,52 @@ def test_vllm_s_options_mean_nothing_here() -> None:
 
 def test_the_runner_is_this_python_s() -> None:
     launch = plan()
-    assert launch.argv[:3] == (sys.executable, "-m", "xandrouting.engines.llamacpp_server")
-    assert flag(launch, "--model") == QWEN.source
-    assert flag(launch, "--alias") == QWEN.key.model
-    assert flag(launch, "--port") == "{port}"
+    assert launch.argv == (sys.executable, "-m", "xandrouting.engines.llamacpp_server")
     assert (launch.ready_line, launch.health_path) == (READY_LINE, "/health")
+    assert (launch.waiting_line, launch.rest_order) == (WAITING_LINE, REST_ORDER)
+    told = order()
+    assert (told.model, told.alias, told.port) == (QWEN.source, QWEN.key.model, "{port}")
+
+
+def test_an_order_is_one_line_and_is_read_as_it_was_written() -> None:
+    odd = replace(QWEN, source="/models/two\nlines \u00fc '\".gguf", mmproj="/models/\udcff.gguf")
+    line = plan(odd).order
+    assert line.isascii()
+    assert "\n" not in line
+    told = Order.parse(line.encode())
+    assert (told.model, told.mmproj) == (odd.source, odd.mmproj)
+    assert told.line() == line
 
 
 def test_the_context_is_for_each_request() -> None:
     # llama.cpp divides what it is given by the slots.
-    launch = plan(options=LoadOptions(n_ctx=1000, n_parallel=3, n_gpu_layers=5))
-    assert flag(launch, "--n-ctx-total") == "3000"
-    assert flag(launch, "--n-parallel") == "3"
-    assert flag(launch, "--n-gpu-layers") == "5"
+    told = order(options=LoadOptions(n_ctx=1000, n_parallel=3, n_gpu_layers=5))
+    assert (told.n_ctx_total, told.n_parallel, told.n_gpu_layers) == (3000, 3, 5)
 
 
 def test_a_context_of_one_token_is_more_than_llama_cpp_takes() -> None:
-    assert flag(plan(options=LoadOptions(n_ctx=1, n_parallel=1)), "--n-ctx-total") == "2"
+    assert order(options=LoadOptions(n_ctx=1, n_parallel=1)).n_ctx_total == 2
 
 
-def test_all_layers_and_none_are_told() -> None:
-    assert flag(plan(options=replace(OPTIONS, n_gpu_layers=-1)), "--n-gpu-layers") == "-1"
-    assert flag(plan(options=replace(OPTIONS, n_gpu_layers=0)), "--n-gpu-layers") == "0"
+@pytest.mark.parametrize("layers", [-1, 0, 7])
+def test_all_layers_and_none_are_told(layers: int) -> None:
+    assert order(options=replace(OPTIONS, n_gpu_layers=layers)).n_gpu_layers == layers
 
 
-def test_the_key_is_in_the_environment_and_not_in_the_process_list() -> None:
+def test_the_key_is_the_launcher_s_and_in_the_environment_alone() -> None:
     launch = plan()
-    assert dict(launch.env)[KEY_VARIABLE] == launch.api_key == "k3y"
-    assert not any("k3y" in argument for argument in launch.argv)
+    assert dict(launch.env)[KEY_VARIABLE] == "{key}"
+    assert "{key}" not in " ".join((*launch.argv, launch.order))
+    assert launch.api_key == ""
+
+
+def test_any_model_s_engine_may_have_been_a_spare() -> None:
+    spare = ADAPTER.spare()
+    assert spare is not None
+    for spec in (QWEN, on("cuda:0"), replace(QWEN, source="/models/other.gguf")):
+        launch = plan(spec, replace(OPTIONS, n_gpu_layers=-1, embeddings=True))
+        assert (launch.argv, launch.env) == (spare.argv, spare.env)
+        assert launch.order != spare.order != ""
 
 
 @pytest.mark.parametrize(
@@ -148,37 +172,64 @@ def test_the_key_is_in_the_environment_and_not_in_the_process_list() -> None:
 )
 def test_the_engine_sees_the_cards_it_was_given(placement: Placement, visible: str) -> None:
     options = replace(OPTIONS, n_gpu_layers=-1)
-    launch = ADAPTER.plan(on("cuda"), options, api_key="k3y", placement=placement)
+    launch = ADAPTER.plan(on("cuda"), options, placement=placement)
+    told = Order.parse(launch.order.encode())
+    assert told.env == {"CUDA_VISIBLE_DEVICES": visible}
+    assert told.warmup is bool(placement)
     env = dict(launch.env)
-    assert env["CUDA_VISIBLE_DEVICES"] == visible
     assert env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert env["OMP_WAIT_POLICY"] == "passive"
 
 
 def test_an_engine_without_layers_on_a_card_does_not_see_it() -> None:
     # It would take memory there for nothing.
-    launch = ADAPTER.plan(on("cuda"), OPTIONS, api_key="k3y", placement=("cuda:0",))
-    assert dict(launch.env)["CUDA_VISIBLE_DEVICES"] == ""
+    launch = ADAPTER.plan(on("cuda"), OPTIONS, placement=("cuda:0",))
+    told = Order.parse(launch.order.encode())
+    assert (told.env, told.warmup) == ({"CUDA_VISIBLE_DEVICES": ""}, False)
 
 
 def test_cache_types_are_told() -> None:
-    assert (flag(plan(), "--cache-type-k"), flag(plan(), "--cache-type-v")) == ("f16", "f16")
-    launch = plan(options=replace(OPTIONS, cache_type_k="q8_0", cache_type_v="q4_0"))
-    assert flag(launch, "--cache-type-k") == "q8_0"
-    assert flag(launch, "--cache-type-v") == "q4_0"
+    assert (order().cache_type_k, order().cache_type_v) == ("f16", "f16")
+    told = order(options=replace(OPTIONS, cache_type_k="q8_0", cache_type_v="q4_0"))
+    assert (told.cache_type_k, told.cache_type_v) == ("q8_0", "q4_0")
 
 
 def test_vectors_are_pooled_as_the_model_says_or_by_their_mean() -> None:
     made_for_it = replace(QWEN, defaults=LoadOptions(embeddings=True))
     wanted = replace(OPTIONS, embeddings=True)
-    assert flag(plan(), "--embeddings") is None
-    assert flag(plan(QWEN, wanted), "--embeddings") == "mean"
-    assert flag(plan(made_for_it, wanted), "--embeddings") == "model"
+    assert order().embeddings is None
+    assert order(QWEN, wanted).embeddings == "mean"
+    assert order(made_for_it, wanted).embeddings == "model"
 
 
 def test_a_projector_is_told() -> None:
-    assert flag(plan(), "--mmproj") is None
-    assert flag(plan(replace(QWEN, mmproj="/models/eyes.gguf")), "--mmproj") == "/models/eyes.gguf"
+    assert order().mmproj is None
+    assert order(replace(QWEN, mmproj="/models/eyes.gguf")).mmproj == "/models/eyes.gguf"
+
+
+def test_where_conversations_may_be_saved_is_told() -> None:
+    assert order().slot_folder == ""
+    launch = ADAPTER.plan(QWEN, OPTIONS, placement=(), slot_folder="/data/parked/")
+    assert Order.parse(launch.order.encode()).slot_folder == "/data/parked/"
+
+
+# The slots.
+
+
+def test_slots_are_read_by_all_that_they_hold() -> None:
+    answer = b"""[{"id": 0, "is_processing": false}, {"id": 1, "is_processing": true,
+        "n_prompt_tokens": 70}]"""
+    assert SLOTS.states(answer) == [
+        SlotState(0, tokens=0, busy=False),
+        SlotState(1, tokens=70, busy=True),
+    ]
+
+
+def test_a_slot_is_saved_and_restored_by_file_name() -> None:
+    assert SLOTS.save(3, "a.slot") == (b"/slots/3?action=save", b'{"filename": "a.slot"}')
+    assert SLOTS.restore(0, "a.slot") == (b"/slots/0?action=restore", b'{"filename": "a.slot"}')
+    assert SLOTS.saved_bytes(b'{"n_written": 9, "n_saved": 2}') == 9
+    assert SLOTS.restored_tokens(b'{"n_restored": 2, "n_read": 9}') == 2
 
 
 # Why a start failed: lines that xllamacpp 2026.10 printed.
@@ -303,6 +354,19 @@ def test_these_words_are_understood_too(line: str) -> None:
 def test_without_words_the_status_tells(status: int | None, failure: StartFailure) -> None:
     assert ADAPTER.classify([], status) is failure
     assert ADAPTER.classify(["loading tensors", "ready soon"], status) is failure
+
+
+WAITED = ("", WAITING_LINE, "")
+
+
+def test_words_of_an_earlier_model_say_nothing_of_this_one() -> None:
+    earlier = ("0.1 I srv load_model: loading model", "0.2 I threadpool init", *AFTERWARDS)
+    failed = ("0.3 E gguf_init_from_reader: failed to read magic",)
+    assert ADAPTER.classify([*failed, *WAITED, "loading model"], 1) is StartFailure.EXITED
+    assert ADAPTER.classify([*WAITED, *earlier, *WAITED, *failed], 1) is StartFailure.BAD_FILE
+    assert ADAPTER.phase([*WAITED, *earlier]) is Phase.WARMING
+    assert ADAPTER.phase([*WAITED, *earlier, *WAITED]) is Phase.STARTING
+    assert ADAPTER.phase([*WAITED, *earlier, *WAITED, earlier[0]]) is Phase.READING
 
 
 # What an error answer means.

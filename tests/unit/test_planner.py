@@ -54,6 +54,7 @@ class World:
         self.ledger = Ledger(max_engines=max_engines, budgets=budgets)
         self.leaving: Mapping[str, int] = {}
         self.staying: Mapping[str, int] = {}
+        self.own: Mapping[str, int] = {}
         self.candidates: list[Candidate] = []
 
     def idle(self, engine: EngineId, *, loss: float = 1.0, **taken_gib: float) -> None:
@@ -65,6 +66,12 @@ class World:
 
     def pinned(self, engine: EngineId, **taken_gib: float) -> None:
         self.staying = self.busy(engine, **taken_gib)
+
+    def sleeping(self, engine: EngineId, **taken_gib: float) -> None:
+        """Let the engine that is planned be one that sleeps."""
+        self.own = {_device(name): gib(size) for name, size in taken_gib.items()}
+        self.ledger.charge(engine, self.own)
+        self.leaving = self.own
 
     def busy(self, engine: EngineId, **taken_gib: float) -> Mapping[str, int]:
         amounts = {ENGINES: 1} | {_device(name): gib(size) for name, size in taken_gib.items()}
@@ -78,7 +85,7 @@ class World:
             self.leaving,
             self.staying,
             self.candidates,
-            {},
+            self.own,
         )
 
     def plan(self, spec: EngineSpec, wants: LoadOptions | None = None) -> Plan:
@@ -126,6 +133,32 @@ def test_what_fits_is_loaded_beside_the_others() -> None:
     world = World(host=10)
     world.idle(QWEN_1, host=4)
     assert said(world.plan(SIX)) == planned(Verdict.LOAD, SIX)
+
+
+def test_who_sleeps_has_what_it_has_already() -> None:
+    world = World(host=10)
+    world.busy(QWEN_1, host=4)
+    world.sleeping(LLAMA_1, host=0.5)
+    assert said(world.plan(SIX)) == planned(Verdict.LOAD, SIX)
+    world.own = {}
+    assert said(world.plan(SIX)) == planned(Verdict.WAIT, SIX)
+
+
+def test_who_sleeps_and_does_not_fit_asks_others_to_leave_and_never_itself() -> None:
+    world = World(host=10)
+    world.idle(QWEN_1, host=4.5)
+    world.sleeping(LLAMA_1, host=1)
+    assert said(world.plan(SIX)) == planned(Verdict.EVICT, SIX, victims=[QWEN_1])
+    world.candidates.clear()
+    assert said(world.plan(SIX)) == planned(Verdict.WAIT, SIX)
+
+
+def test_with_who_leaves_already_a_sleeper_s_own_is_counted_once() -> None:
+    world = World(host=10)
+    world.busy(QWEN_1, host=4)
+    world.idle(MISTRAL_1, host=1)
+    world.sleeping(LLAMA_1, host=1)
+    assert said(world.plan(SIX)) == planned(Verdict.EVICT, SIX, victims=[MISTRAL_1])
 
 
 def test_what_does_not_fit_asks_idle_ones_to_leave() -> None:

@@ -114,17 +114,6 @@ async def test_fifty_requests_at_once_cause_one_load() -> None:
 
 
 @virtual_time
-async def test_the_engine_gets_a_key_of_its_own() -> None:
-    adapter = FakeAdapter()
-    async with running(FakeLauncher(), adapter=adapter) as pool:
-        await hold(pool, QWEN, 0.0)
-        await hold(pool, LLAMA, 0.0)
-    keys = {key for _, _, key in adapter.planned}
-    assert len(keys) == 2
-    assert all(len(key) >= 32 for key in keys)
-
-
-@virtual_time
 async def test_other_options_reload_the_engine_with_what_both_asked() -> None:
     launcher, adapter = FakeLauncher(load_s=5.0), FakeAdapter()
     async with running(launcher, adapter=adapter) as pool:

@@ -33,13 +33,16 @@ from xandrouting.core.events import (
     Effect,
     EngineExited,
     EngineReady,
+    EngineSlept,
     Event,
     Grant,
     Measured,
     Pin,
+    Prepare,
     Refuse,
     Release,
     Shutdown,
+    Sleep,
     Start,
     Stop,
     Tick,
@@ -56,10 +59,10 @@ from xandrouting.core.model import (
     LoadOptions,
     MemoryUse,
     ModelKey,
-    Placement,
     Terms,
     Ticket,
 )
+from xandrouting.core.planner import Verdict
 
 EXAMPLES = int(os.environ.get("XANDROUTING_MACHINE_EXAMPLES", "30"))
 pytestmark = pytest.mark.timeout(60 + EXAMPLES // 10)  # seconds; a world takes about 15 ms
@@ -67,13 +70,28 @@ pytestmark = pytest.mark.timeout(60 + EXAMPLES // 10)  # seconds; a world takes 
 CARD = "cuda:0"
 RAN_OUT = "out of memory"
 BUDGETS = {HOST: 100, CARD: 100}  # bytes; when memory is short at all
+REST = 2  # bytes on the card that a sleeper's process keeps
+SMALL = 8  # bytes; no sleeper takes more
 
 
-def of(spec: EngineSpec, *, engines: int = 1, host: int = 0, device: int = 0) -> EngineSpec:
+def of(
+    spec: EngineSpec,
+    *,
+    engines: int = 1,
+    host: int = 0,
+    device: int = 0,
+    asleep: int | None = None,
+    files: tuple[str, ...] = (),
+) -> EngineSpec:
     """Return the spec of a model that takes this much, with any options."""
     footprint = Footprint(engines, Terms(weights=host), Terms(weights=device))
-    placements: tuple[Placement, ...] = ((CARD,),) if device else ((),)
-    return replace(spec, cost=FixedCost(footprint), placements=placements)
+    return replace(
+        spec,
+        cost=FixedCost(footprint),
+        placements=((CARD,),) if device else ((),),
+        sleeper_bytes=asleep,
+        files=files,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +108,20 @@ class ByLayers:
         return Footprint(1, host, Terms(weights=there, kv_cache=slots))
 
 
+FILES = ("a.gguf", "b.gguf")
 GIANT = of(model("giant"), engines=2, host=90)  # takes the room of two, and nearly all memory
-ON_CARD = of(model("on-card"), host=10, device=60)
+ON_CARD = of(model("on-card"), host=10, device=60, asleep=4, files=FILES)
 ALSO_ON_CARD = of(model("also-on-card"), host=10, device=50)
 LAYERED = replace(
     model("layered", defaults=LoadOptions(n_ctx=2048, n_gpu_layers=-1, n_parallel=4)),
     cost=ByLayers(),
     placements=((CARD,),),
+    sleeper_bytes=1,
 )
-IMPOSSIBLE = of(model("impossible"), host=500)
+IMPOSSIBLE = of(model("impossible"), host=500, asleep=0)
 FITTING = (
-    of(QWEN, host=40),
-    of(LLAMA, host=45),
+    of(QWEN, host=40, asleep=5, files=FILES),
+    of(LLAMA, host=45, asleep=0, files=FILES),
     of(MISTRAL, host=30),
     UPSTREAM,
     GIANT,
@@ -127,11 +147,21 @@ class Life:
     spec: EngineSpec
     options: LoadOptions
     ready: bool = False
+    suspending: bool = False  # told to sleep, and has not said yet that it does
+    sleeping: bool = False
     stopped: bool = False  # a Stop was sent; the process still lives
     wished_away: bool = False
     drained: bool = False  # it took no new leases any more, before it left
     closed: bool = False  # takes no new lease any more
     leases: set[Ticket] = field(default_factory=set)
+
+    @property
+    def loading(self) -> bool:
+        return not (self.ready or self.suspending or self.sleeping)
+
+    @property
+    def asleep(self) -> bool:
+        return self.sleeping and not self.stopped
 
 
 def serves(running: EngineSpec, options: LoadOptions, asked: EngineSpec) -> bool:
@@ -148,6 +178,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         crowded=st.booleans(),
         short=st.booleans(),
         min_residency_s=st.sampled_from([0.0, 3.0]),
+        soft_idle_s=st.sampled_from([None, 0.0, 2.0, 50.0]),
     )
     def begin(
         self,
@@ -158,6 +189,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         crowded: bool,
         short: bool,
         min_residency_s: float,
+        soft_idle_s: float | None,
     ) -> None:
         self.limits: dict[str, int] = dict(BUDGETS) if short else {}
         if max_engines is not None:
@@ -169,10 +201,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_queue=max_queue,
             fair_wait_s=fair_wait_s,
             default_ttl_s=default_ttl_s,
+            soft_idle_s=soft_idle_s,
         )
+        self.soft_idle_s = soft_idle_s
         self.short = short
         self.pinned: set[str] = set()
         self.retried: set[ModelKey] = set()  # ran out of memory once, and wait for a second try
+        self.prepared: set[ModelKey] = set()  # whose files are being read ahead
         self.residency = min_residency_s > 0.0
         self.crowded = crowded  # at the end, ready engines are never idle
         self.now = 0.0
@@ -217,7 +252,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(pick=st.integers(0, 9), take_back=st.booleans())
     def cancel(self, pick: int, take_back: bool) -> None:
-        self._release(_one_of(self.waiting, pick), take_back=take_back)
+        ticket = _one_of(self.waiting, pick)
+        life = self.live.get(self.waiting[ticket].key)
+        self._release(ticket, take_back=take_back)
+        if take_back and life is not None and life.loading:
+            assert life.stopped or self._awaited(life), "it loads for nobody"
 
     @rule(spec=st.sampled_from(FITTING), pinned=st.booleans())
     def pin(self, spec: EngineSpec, pinned: bool) -> None:
@@ -234,10 +273,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def measure(self, others: int, on_card: int, taken: float) -> None:
         self._measure({HOST: others, CARD: on_card}, taken)
 
-    @precondition(lambda self: self._lives(ready=False, stopped=False))
+    @precondition(lambda self: self._lives(loading=True, stopped=False))
     @rule(pick=st.integers(0, 9))
     def run_out_of_memory(self, pick: int) -> None:
-        life = _one_of(self._lives(ready=False, stopped=False), pick)
+        life = _one_of(self._lives(loading=True, stopped=False), pick)
         again = life.id.key in self.retried or not self._awaited(life)
         effects = self._exit(life, InsufficientMemory(RAN_OUT))
         assert not (again and self._awaited(life)), "a third try"
@@ -255,15 +294,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def take_the_refusal(self) -> None:
         self._release(min(self.refused))
 
-    @precondition(lambda self: self._lives(ready=False))
+    @precondition(lambda self: self._lives(loading=True))
     @rule(pick=st.integers(0, 9))
     def become_ready(self, pick: int) -> None:
-        self._become_ready(_one_of(self._lives(ready=False), pick))
+        self._become_ready(_one_of(self._lives(loading=True), pick))
 
-    @precondition(lambda self: self._lives(ready=False, stopped=False))
+    @precondition(lambda self: self._lives(loading=True, stopped=False))
     @rule(pick=st.integers(0, 9), why=st.sampled_from([None, EngineStartFailed("out of memory")]))
     def fail_to_start(self, pick: int, why: EngineStartFailed | None) -> None:
-        life = _one_of(self._lives(ready=False, stopped=False), pick)
+        life = _one_of(self._lives(loading=True, stopped=False), pick)
         self._exit(life, why)
         assert not self._awaited(life)
 
@@ -272,10 +311,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def exit_as_told(self, pick: int) -> None:
         self._exit(_one_of(self._lives(stopped=True), pick))
 
-    @precondition(lambda self: self._lives(ready=True, stopped=False))
+    @precondition(lambda self: self._lives(loading=False, stopped=False))
     @rule(pick=st.integers(0, 9))
     def crash(self, pick: int) -> None:
-        self._exit(_one_of(self._lives(ready=True, stopped=False), pick))
+        effects = self._exit(_one_of(self._lives(loading=False, stopped=False), pick))
+        # A start that failed is held against the model, a crash is not.
+        refusals = [effect.error for effect in effects if isinstance(effect, Refuse)]
+        assert all(isinstance(error, InsufficientMemory) for error in refusals)
+
+    @precondition(lambda self: self._lives(suspending=True))
+    @rule(pick=st.integers(0, 9))
+    def fall_asleep(self, pick: int) -> None:
+        life = _one_of(self._lives(suspending=True), pick)
+        effects = self._fall_asleep(life)
+        assert not (life.stopped and effects), "late news does something"
 
     @precondition(lambda self: self.live)
     @rule(pick=st.integers(0, 9), force=st.booleans())
@@ -285,10 +334,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         life.closed |= life.ready or force
         self._send(Unload(life.id, force))
         assert life.stopped or (not force and (life.leases or self._awaited(life)))
+        assert life.stopped or not (life.suspending or life.sleeping)
 
     @precondition(lambda self: self.born)
-    @rule(pick=st.integers(0, 9), news=st.sampled_from([EngineReady, EngineExited, Unload]))
-    def old_news(self, pick: int, news: type[EngineReady | EngineExited | Unload]) -> None:
+    @rule(
+        pick=st.integers(0, 9),
+        news=st.sampled_from([EngineReady, EngineSlept, EngineExited, Unload]),
+    )
+    def old_news(
+        self, pick: int, news: type[EngineReady | EngineSlept | EngineExited | Unload]
+    ) -> None:
         key = _one_of(self.born, pick)
         gone = self.born[key] - (key in self.live)
         assert self._send(news(EngineId(key, gone))) == []
@@ -309,6 +364,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def wake_up(self) -> None:
         self._wake_up()
+
+    @rule(spec=st.sampled_from(FITTING), wants=st.sampled_from(WISHES))
+    def dry_run(self, spec: EngineSpec, wants: LoadOptions) -> None:
+        spec = replace(spec, wants=wants)
+        before = self.scheduler.views()
+        verdict = self.scheduler.plan(spec, now=self.now).verdict
+        fits = self.scheduler.fits(spec, now=self.now)
+        assert self.scheduler.views() == before
+        life = self.live.get(spec.key)
+        view = self.scheduler.view(spec.key)
+        takes_leases = view is not None and view.state is EngineState.READY
+        hit = takes_leases and serves(life.spec, life.options, spec)
+        assert (verdict is Verdict.HIT) == hit
+        if life is None or life.asleep or life.suspending:
+            assert (verdict is Verdict.NEVER) == (not fits)
 
     @precondition(lambda self: self.live)
     @rule(force=st.booleans(), chance=st.integers(0, 15))
@@ -339,12 +409,25 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert view.active == len(life.leases)
             assert view.waiting == sum(s.key == life.id.key for s in self.waiting.values())
             assert (view.state is EngineState.STOPPING) == life.stopped
-            assert (view.state is EngineState.STARTING) == (not life.ready and not life.stopped)
-            assert (view.idle_since is None) == (
-                view.state is not EngineState.READY or bool(life.leases)
-            )
+            assert (view.state is EngineState.STARTING) == (life.loading and not life.stopped)
+            assert (view.state is EngineState.SUSPENDING) == (life.suspending and not life.stopped)
+            assert (view.state is EngineState.SLEEPING) == life.asleep
+            rests = (EngineState.READY, EngineState.SUSPENDING, EngineState.SLEEPING)
+            assert (view.idle_since is None) == (view.state not in rests or bool(life.leases))
             # Nobody drains without a lease to wait for.
             assert view.state is not EngineState.DRAINING or life.leases
+
+    @invariant()
+    def who_sleeps_has_no_leases_and_little_memory(self) -> None:
+        for view in self.scheduler.views():
+            life = self.live[view.engine.key]
+            assert not (life.suspending or life.sleeping) or not life.leases
+            if view.state is EngineState.SLEEPING:
+                assert ENGINES not in view.charged
+                assert sum(view.charged.values()) <= SMALL
+            assert self.scheduler.holds(view.engine.key) == (
+                life.stopped or not (life.suspending or life.sleeping)
+            )
 
     @invariant()
     def nobody_waits_for_what_is_there(self) -> None:
@@ -354,7 +437,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if view is not None and view.state is EngineState.READY:
                 assert not serves(view.spec, view.options, spec), "it could be granted"
                 assert blocked, "it could be reloaded"
-            blocked |= view is None
+            blocked |= self._waits_for_room(spec)
 
     @invariant()
     def what_takes_no_room_waits_for_no_room(self) -> None:
@@ -367,7 +450,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if head is None or isinstance(head.cost, ByLayers) or head.key in self.retried:
             return
         assert self._lacking(head), "it could start"
-        leaving = self._lives(stopped=True)
+        leaving = self._leaving()
         if not self._lacking(head, once_gone=leaving):
             return
         # Those who may leave at once are not enough even together, or they would be leaving.
@@ -400,6 +483,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._send(EngineReady(life.id))
         life.closed |= life.wished_away
 
+    def _fall_asleep(self, life: Life) -> list[Effect]:
+        life.suspending, life.sleeping = False, True
+        return self._send(EngineSlept(life.id))
+
     def _exit(self, life: Life, why: GatewayError | None = None) -> list[Effect]:
         del self.live[life.id.key]
         return self._send(EngineExited(life.id, why))
@@ -408,6 +495,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         uses = {}
         for view in self.scheduler.views():
             host, device = view.decision.footprint.host_bytes, view.decision.footprint.device_bytes
+            if view.state is EngineState.SLEEPING:
+                host, device = view.spec.sleeper_bytes, REST
             on_card = ((CARD, int(device * taken)),) if view.placement else ()
             uses[view.engine] = MemoryUse(int(host * taken), int(host * taken), on_card)
         readings = []
@@ -441,6 +530,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             match effect:
                 case Start():
                     self._started(effect)
+                case Prepare():
+                    self._prepared(effect)
+                case Sleep():
+                    self._told_to_sleep(effect, event)
                 case Stop():
                     self._stopped(effect, event)
                 case Grant():
@@ -456,6 +549,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                         assert not (fixed and told) or self._lacking_alone(spec)
         for start in self.begun:
             self._is_covered(start)
+            assert not any(
+                isinstance(e, Prepare) and e.spec.key == start.engine.key for e in effects
+            ), "read ahead of a load that has begun"
+        self.prepared = {
+            key for key in self.prepared if any(s.key == key for s in self.waiting.values())
+        }
         self.retried = {
             key for key in self.retried if any(s.key == key for s in self.waiting.values())
         }
@@ -464,19 +563,49 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _started(self, effect: Start) -> None:
         key = effect.engine.key
         assert not self.shut
-        assert key not in self.live, "its predecessor lives"
-        assert effect.engine.incarnation == self.born.get(key, 0) + 1
+        if effect.wakes:
+            assert self.live[key].id == effect.engine
+            assert self.live[key].asleep
+        else:
+            assert key not in self.live, "its predecessor lives"
+            assert effect.engine.incarnation == self.born.get(key, 0) + 1
         self.born[key] = effect.engine.incarnation
         for spec in self.waiting.values():
             if spec.key == key:
                 assert spec == effect.spec
                 assert covers(effect.options, spec.wants), "not what the first one asked"
                 break
-            assert spec.key in self.live or not self._counts(effect.spec), "past the head"
+            past_the_head = self._waits_for_room(spec) and self._counts(effect.spec)
+            assert not past_the_head
         else:
             raise AssertionError("started for nobody")
-        self.live[key] = Life(effect.engine, effect.spec, effect.options)
+        if effect.wakes:
+            life = self.live[key]
+            life.sleeping, life.spec, life.options = False, effect.spec, effect.options
+        else:
+            self.live[key] = Life(effect.engine, effect.spec, effect.options)
         self.begun.append(effect)
+
+    def _prepared(self, effect: Prepare) -> None:
+        key = effect.spec.key
+        assert effect.spec.files
+        assert key not in self.prepared, "read ahead twice"
+        self.prepared.add(key)
+        assert effect.spec == next(s for s in self.waiting.values() if s.key == key)
+        assert self._waits_for_room(effect.spec)
+
+    def _told_to_sleep(self, effect: Sleep, cause: Event) -> None:
+        life = self.live[effect.engine.key]
+        assert life.id == effect.engine
+        assert isinstance(cause, Tick)
+        assert life.spec.sleeper_bytes is not None
+        assert life.id.key.model not in self.pinned
+        assert life.ready
+        assert not life.stopped
+        assert not life.leases
+        idle_since = self.scheduler.view(life.id.key).idle_since
+        assert idle_since + self.soft_idle_s <= self.now
+        life.ready, life.suspending = False, True
 
     def _stopped(self, effect: Stop, cause: Event) -> None:
         life = self.live[effect.engine.key]
@@ -486,7 +615,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert effect.force == by_force
         assert by_force or not life.leases
         assert by_force or not life.stopped, "told twice"
-        assert by_force or life.ready or not self._awaited(life), "somebody waits for it"
+        # An engine that is ready, and waited for all the same, does not cover what is asked.
+        idle_or_loading = effect.reason == "idle" or life.loading
+        assert by_force or life.ready or not idle_or_loading or not self._awaited(life)
         if effect.reason == "evicted":
             assert self._counts(life.spec)
             assert life.drained or life.id.key.model not in self.pinned
@@ -494,7 +625,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             head = self._head()
             # One that drained may have done so for somebody who left since.
             if not life.drained and not out_of_memory and not isinstance(head.cost, ByLayers):
-                assert self._lacking(head, once_gone=self._lives(stopped=True)), "one too many"
+                assert self._lacking(head, once_gone=self._leaving()), "one too many"
         life.stopped = life.closed = True
 
     def _granted(self, effect: Grant) -> None:
@@ -508,12 +639,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         life.leases.add(effect.ticket)
         self.granted[effect.ticket] = life
 
-    def _lives(self, *, ready: bool | None = None, stopped: bool | None = None) -> list[Life]:
+    def _lives(self, **what: bool) -> list[Life]:
+        """Those of which all of this is true, or false, as said."""
         return [
             life
             for life in self.live.values()
-            if ready in (None, life.ready) and stopped in (None, life.stopped)
+            if all(getattr(life, name) is value for name, value in what.items())
         ]
+
+    def _leaving(self) -> list[Life]:
+        """Those that give back what they have, by going or by going to sleep."""
+        return [life for life in self.live.values() if life.stopped or life.suspending]
 
     def _awaited(self, life: Life) -> bool:
         return any(spec.key == life.id.key for spec in self.waiting.values())
@@ -522,8 +658,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         return spec.key.is_local
 
     def _head(self) -> EngineSpec | None:
-        """The first in the queue that has no engine: who waits for room."""
-        return next((s for s in self.waiting.values() if s.key not in self.live), None)
+        """The first in the queue who waits for room."""
+        return next((s for s in self.waiting.values() if self._waits_for_room(s)), None)
+
+    def _waits_for_room(self, spec: EngineSpec) -> bool:
+        """Whether there is no engine yet, or one that sleeps, for who waits for this one."""
+        return spec.key not in self.live or self.live[spec.key].asleep
 
     def _may_leave(self, view: EngineView) -> bool:
         """Whether an engine may be asked to leave at once, whoever it is for."""
@@ -544,10 +684,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         return charges
 
     def _lacking(self, head: EngineSpec, *, once_gone: Sequence[Life] = ()) -> dict[str, int]:
-        """What the head lacks; what leaves for its own successor frees nothing for it."""
+        """What the head lacks; what leaves for its own successor frees nothing for it.
+
+        One that sleeps has what it has already.
+        """
         keys = [spec.key for spec in self.waiting.values()]
         promised = keys[: keys.index(head.key)]
         gone = [life for life in once_gone if life.id.key not in promised]
+        if head.key in self.live:
+            gone.append(self.live[head.key])
         return self._over(head, self._charges(gone))
 
     def _lacking_alone(self, spec: EngineSpec) -> dict[str, int]:
@@ -607,7 +752,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Let every stop, start and request that is under way come to its end."""
         for life in self._lives(stopped=True):
             self._exit(life)
-        for life in self._lives(ready=False, stopped=False):
+        for life in self._lives(suspending=True):
+            self._fall_asleep(life)
+        for life in self._lives(loading=True, stopped=False):
             self._become_ready(life)
         leaving = [*self.granted, *self.refused]
         if crowded:

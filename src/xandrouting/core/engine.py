@@ -53,8 +53,8 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is ready or sleeps, and has no leases."""
-        return self.idle_since is not None and self.state is not EngineState.SUSPENDING
+        """Whether it is ready or sleeps, or is about to, and has no leases."""
+        return self.idle_since is not None
 
     @property
     def sleeps(self) -> bool:
@@ -114,7 +114,8 @@ class Engine:
         of its memory only with its first request. One that starts keeps what it was promised.
         """
         if self.state is EngineState.SLEEPING and use.host_bytes is not None:
-            return {HOST: use.host_bytes}
+            # Its process may keep a little of the accelerators too, such as a CUDA context.
+            return {HOST: use.host_bytes, **dict(use.devices or ())}
         if self.state not in (EngineState.READY, EngineState.DRAINING):
             return None
         if use.host_bytes is not None:

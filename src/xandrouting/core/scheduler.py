@@ -540,7 +540,7 @@ class Scheduler:
         return [
             engine
             for engine in self._engines.values()
-            if engine.state in (EngineState.READY, EngineState.SLEEPING)
+            if (engine.state is EngineState.READY or engine.sleeps)
             and engine.counts
             and engine.id.key.model not in self._pinned
         ]
@@ -684,7 +684,11 @@ class Scheduler:
         effects.append(Stop(engine.id, reason, force, decision))
 
     def _idle_deadline(self, engine: Engine) -> float | None:
-        return None if engine.id.key.model in self._pinned else engine.idle_deadline()
+        if engine.id.key.model in self._pinned:
+            return None
+        if engine.sleeps and self._queue.line(engine.id.key) is not None:
+            return None  # it will be woken as soon as there is room
+        return engine.idle_deadline()
 
     def _sleep_deadline(self, engine: Engine) -> float | None:
         if self._soft_idle_s is None or engine.id.key.model in self._pinned:

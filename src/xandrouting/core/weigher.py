@@ -11,6 +11,7 @@ from typing import Final
 from xandrouting.core import planner
 from xandrouting.core.cover import fill
 from xandrouting.core.engine import Engine
+from xandrouting.core.engine_state import EngineState
 from xandrouting.core.eviction import Candidate, Choose, choose
 from xandrouting.core.figures import Figures
 from xandrouting.core.ledger import Amounts, DeviceState, Ledger
@@ -166,7 +167,9 @@ class Weigher:
                 # The system does not tell whose the memory of its accelerators is.
                 charge = self.ledger.charge_of(engine_id)
                 untold = {device: charge.get(device, 0) for device in engine.placement}
-                (perhaps if engine.ready_at is None else ours).update(untold)
+                # One that loads may have none of it yet, one that falls asleep none any more.
+                unsure = engine.ready_at is None or engine.state is EngineState.SUSPENDING
+                (perhaps if unsure else ours).update(untold)
         self.ledger.read(devices, ours, perhaps)
 
     def _expected_s(self, spec: EngineSpec, footprint: Footprint) -> float:

@@ -18,7 +18,10 @@ class LlamaSlots:
     list_path: Final = b"/slots"
 
     def states(self, answer: bytes) -> list[SlotState]:
-        """Read what `list_path` answers: `n_prompt_tokens` is all that a slot holds."""
+        """Read what `list_path` answers: `n_prompt_tokens` is all that a slot holds.
+
+        One that was read back and not used since says nothing of it.
+        """
         return [
             SlotState(slot["id"], tokens=slot.get("n_prompt_tokens", 0), busy=slot["is_processing"])
             for slot in json.loads(answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from xandrouting.core.engine_state import EngineState
@@ -16,10 +17,13 @@ from xandrouting.http.errors import headers_of, to_bytes
 from xandrouting.http.events import add_event_calls
 from xandrouting.http.inference import HOT_PATHS
 from xandrouting.http.lifecycle import add_lifecycle_calls
+from xandrouting.http.logs import add_log_calls
 from xandrouting.http.models import add_model_lists
 from xandrouting.http.openapi import describe
-from xandrouting.http.schemas import ErrorAnswer, Health, Root, System
+from xandrouting.http.router_calls import RouterRequest, add_router_calls
+from xandrouting.http.schemas import ErrorAnswer, Health, ParkedItem, Root, SparesItem, System
 from xandrouting.http.services import Services
+from xandrouting.http.swap_calls import add_swap_calls
 from xandrouting.proxy.request import LoadRequest, PinRequest, PlanRequest, UnloadRequest
 
 SHOWN_PATHS = ("/v1/models", "/v1/models/loaded", "/v1/events", "/v1/system", "/health")
@@ -41,8 +45,12 @@ def build_control(services: Services) -> FastAPI:
     _add_status_calls(app, services)
     add_event_calls(app, services.bus)
     add_lifecycle_calls(app, services)
+    add_router_calls(app, services)
+    add_swap_calls(app, services)
+    add_log_calls(app, services)
     add_model_lists(app, services)  # last: a model's id may be any path
-    describe(app, HOT_PATHS, (LoadRequest, PinRequest, PlanRequest, UnloadRequest))
+    bodies = (LoadRequest, PinRequest, PlanRequest, RouterRequest, UnloadRequest)
+    describe(app, HOT_PATHS, bodies)
     return app
 
 
@@ -54,6 +62,13 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(GatewayError)
     async def gateway_error(_: Request, error: GatewayError) -> Response:
         return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        message = f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}."
+        return answer(InvalidRequest(message, param=name))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -116,6 +131,15 @@ def _add_status_calls(app: FastAPI, services: Services) -> None:
             devices=device_items(pool.devices()),
             pinned=sorted(pool.pinned),
             queued_requests=pool.queued,
+            spares=SparesItem(
+                count=len(pool.spares),
+                memory_bytes=sum(use.host_bytes or 0 for use in pool.spares),
+            ),
+            parked=ParkedItem(
+                conversations=services.parking.count,
+                size_bytes=services.parking.size_bytes,
+                quota_bytes=services.parking.quota_bytes,
+            ),
         )
 
     @app.get("/metrics", tags=["status"], response_class=Response)

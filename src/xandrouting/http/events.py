@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Final
 
 import msgspec
-from fastapi import FastAPI, Header, Query, Response
-from starlette.types import Receive, Scope, Send
+from fastapi import FastAPI, Header, Query
 
 from xandrouting.core.errors import InvalidRequest
-from xandrouting.http.protocol import connection_of
+from xandrouting.http.stream import PING, LiveStream
 from xandrouting.proxy.headers import EVENT_STREAM, EVENT_STREAM_HEADERS
-from xandrouting.proxy.sse import comment
-from xandrouting.telemetry.events import TOPICS, Event, EventBus, Subscription
+from xandrouting.telemetry.events import TOPICS, Event, EventBus
 
-PING_S: Final = 15.0  # of silence, after which a comment shows that the connection lives
-PING: Final = comment("ping")
 RETRY: Final = b"retry: 2000\n\n"  # ms until a browser whose connection broke comes back
 
 _CHOICES: Final = sorted(TOPICS)
@@ -72,61 +67,22 @@ def _topics(listed: str | None) -> frozenset[str] | None:
     return frozenset(names)
 
 
-class EventStream(Response):
-    """Sends a subscriber's events for as long as both sides are there.
-
-    Not Starlette's `StreamingResponse`: that one sees its client leave only by sending.
-    """
+class EventStream(LiveStream[Event]):
+    """Sends a subscriber's events for as long as both sides are there."""
 
     media_type = EVENT_STREAM.decode()
 
     def __init__(self, bus: EventBus, topics: frozenset[str] | None, last_id: str | None) -> None:
-        self.status_code = 200
-        self.background = None
-        self.raw_headers = list(EVENT_STREAM_HEADERS)
-        self._bus = bus
-        self._topics = topics
-        self._last_id = last_id
-
-    async def __call__(self, scope: Scope, _: Receive, send: Send) -> None:
-        """Send events until the subscription ends."""
-        connection = connection_of(scope)
-        with self._bus.subscribe(self._topics, self._last_id) as subscription:
-            connection.on_lost = subscription.close
-            try:
-                if connection.is_closing():  # `on_lost` may have had its one call before us
-                    subscription.close()
-                await self._send_all(subscription, send)
-            finally:
-                connection.on_lost = None
-
-    async def _send_all(self, subscription: Subscription, send: Send) -> None:
-        await send(
-            {
-                "type": "http.response.start",
-                "status": self.status_code,
-                "headers": self.raw_headers,
-            }
+        super().__init__(
+            lambda: bus.subscribe(topics, last_id),
+            _frame,
+            EVENT_STREAM_HEADERS,
+            first=RETRY,
+            ping=PING,
         )
-        await _send_piece(send, RETRY)
-        while True:
-            try:
-                async with asyncio.timeout(PING_S):
-                    event = await anext(subscription)
-            except TimeoutError:
-                await _send_piece(send, PING)
-            except StopAsyncIteration:
-                break
-            else:
-                await _send_piece(send, _frame(event))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _frame(event: Event) -> bytes:
     """Return the event as its lines; the data are on one of them."""
     head = f"id: {event.id}\nevent: {event.kind}\ndata: ".encode()
     return head + _ENCODE(event.data) + b"\n\n"
-
-
-async def _send_piece(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})

@@ -12,6 +12,10 @@ from xandrouting.core.errors import Forbidden, Unauthorized
 OPEN_PATHS: Final = frozenset(("/", "/health", "/docs", "/openapi.json"))
 MAX_KNOWN_HOSTS: Final = 100
 _SAFE_METHODS: Final = frozenset(("GET", "HEAD", "OPTIONS"))
+# Where a GET changes something, as llama-swap has it.
+_CHANGING_PATHS: Final = ("/unload", "/upstream/")
+# What browsers say of a request that another origin's page caused.
+_FOREIGN_SITES: Final = (b"cross-site", b"same-site")
 
 
 class Gate:
@@ -50,8 +54,8 @@ class Gate:
                 "This server does not go by that host name. "
                 "Use localhost or an address, or add the name to allowed_hosts."
             )
-        origin = headers.get(b"origin", b"").lower()
-        if origin and method not in _SAFE_METHODS and not self._is_allowed(origin, host.lower()):
+        changes = method not in _SAFE_METHODS or path.startswith(_CHANGING_PATHS)
+        if changes and self._is_foreign(headers, host.lower()):
             raise Forbidden("Web pages of that origin may not do this. See cors_origins.")
         if self._key is not None and path not in OPEN_PATHS and not self._opens(headers):
             raise Unauthorized(
@@ -81,6 +85,15 @@ class Gate:
         except ValueError:
             return False
         return True
+
+    def _is_foreign(self, headers: Mapping[bytes, bytes], host: bytes) -> bool:
+        """Whether a web page that may change nothing here caused the request."""
+        origin = headers.get(b"origin", b"").lower()
+        if origin:
+            return not self._is_allowed(origin, host)
+        # Links and images are asked for without an Origin.
+        site = headers.get(b"sec-fetch-site", b"").lower()
+        return site in _FOREIGN_SITES and b"*" not in self._origins
 
     def _is_allowed(self, origin: bytes, host: bytes) -> bool:
         if origin in self._origins or b"*" in self._origins:

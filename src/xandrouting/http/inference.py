@@ -1,4 +1,4 @@
-"""The hot paths: requests that go to an engine. Plain ASGI, looked up before FastAPI.
+"""Requests that go to an engine, the hot paths first. Plain ASGI, looked up before FastAPI.
 
 Each call is one coroutine: read, route, claim, ask, relay, release. The connection tells of
 the client's leaving, during a long prefill too, when nothing is sent, and cancels it.
@@ -10,11 +10,18 @@ import asyncio
 import itertools
 import logging
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import parse_qs
 
-from xandrouting.core.errors import GatewayError, ModelNotFound, UpstreamUnreachable
+from xandrouting.core.errors import (
+    GatewayError,
+    InvalidRequest,
+    ModelNotFound,
+    UpstreamUnreachable,
+)
 from xandrouting.http.body import ClientLeft, Receive, read_body
 from xandrouting.http.errors import headers_of, to_bytes, to_sse
 from xandrouting.http.gate import Gate
@@ -68,8 +75,26 @@ HOT_PATHS: Final[Mapping[str, Kind]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What a call asks of which engine.
+
+    `spelling` is the model's name as the client wrote it. `stream`: a client that waits gets
+    headers and comments. `headers` are whole lines for the engine. `raw`: the engine's
+    refusals are passed on as they are.
+    """
+
+    route: Route
+    spelling: str
+    path: bytes
+    headers: bytes
+    method: bytes = b"POST"
+    stream: bool = False
+    raw: bool = False
+
+
 class InferenceApi:
-    """Answers the hot paths."""
+    """Answers the hot paths. `autoload`: a model that is not loaded is, unless asked otherwise."""
 
     def __init__(
         self,
@@ -83,6 +108,7 @@ class InferenceApi:
         max_load_wait_s: float,
         max_queue_wait_s: float,
         max_body_bytes: int,
+        autoload: bool = True,
     ) -> None:
         self.gate = gate
         self.catalog = catalog
@@ -93,12 +119,13 @@ class InferenceApi:
         self.max_load_wait_s = max_load_wait_s
         self.max_queue_wait_s = max_queue_wait_s
         self.max_body_bytes = max_body_bytes
+        self.autoload = autoload
         self._prefix = f"req_{secrets.token_hex(4)}"
         self._numbers = itertools.count(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        await _Call(self, scope, send).run(receive)
+        await _HotCall(self, scope, send, scope["path"]).run(receive)
 
     async def route(self, fields: Routing, *, embeddings: bool = False) -> Route:
         """Return the route of a request, checked on disk if it will cause a load.
@@ -119,19 +146,37 @@ class InferenceApi:
         await self.inventory.refresh()
         return self.catalog.route(fields, embeddings=embeddings)
 
+    def check_loaded(self, route: Route, *, autoload: bool) -> None:
+        """Let a request pass that causes no load, or that may.
+
+        One that loads or sleeps counts as loaded.
+
+        Raises:
+            InvalidRequest: the model is not loaded, and `autoload` is off.
+        """
+        key = route.spec.key
+        if autoload or not key.is_local or self.pool.view(key) is not None:
+            return
+        raise InvalidRequest(
+            f"model is not loaded: {key.model}. Load it with POST /models/load, or let requests "
+            "load it: leave autoload=false out, or set models_autoload.",
+            param="model",
+        )
+
     def request_id(self) -> bytes:
         """Return a new id for a request whose client sent none."""
         return f"{self._prefix}{next(self._numbers):08x}".encode()
 
 
-class _Call:
-    """One request on a hot path."""
+class EngineCall(ABC):
+    """One request that goes to an engine. `counted_as` is its path in the counters."""
 
     __slots__ = (
         "_answer",
         "_api",
         "_arrived",
         "_body",
+        "_counted_as",
         "_headers",
         "_left",
         "_loop",
@@ -140,9 +185,10 @@ class _Call:
         "_task",
     )
 
-    def __init__(self, api: InferenceApi, scope: Scope, send: Send) -> None:
+    def __init__(self, api: InferenceApi, scope: Scope, send: Send, counted_as: str) -> None:
         self._api = api
         self._scope = scope
+        self._counted_as = counted_as
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._loop = asyncio.get_running_loop()
         self._arrived = self._loop.time()
@@ -152,12 +198,17 @@ class _Call:
         self._task: asyncio.Task[Any] | None = None
         self._answer = Answer(send, [(b"x-request-id", self._request_id())])
 
+    @abstractmethod
+    async def _prepare(self) -> Exchange | None:
+        """Return what to ask of which engine; None: the call was answered without one."""
+
     async def run(self, receive: Receive) -> None:
+        """Answer it."""
         api, scope = self._api, self._scope
         connection = connection_of(scope)
         api.stats.active += 1
         try:
-            api.gate.check("POST", scope["path"], self._headers)
+            api.gate.check(scope["method"], scope["path"], self._headers)
             self._body = await read_body(self._headers, receive, api.max_body_bytes)
             self._task = asyncio.current_task(self._loop)
             connection.on_lost = self._client_left
@@ -176,46 +227,47 @@ class _Call:
             self._count(api.stats)
 
     async def _serve(self) -> None:
-        kind = HOT_PATHS[self._scope["path"]]
-        fields: Inference = kind.parser.parse(self._body)
-        route = await self._api.route(fields, embeddings=kind.embeddings)
-        self._body = body_for(self._body, fields, route.asked_model)
-        spelling, stream = fields.model, fields.stream is True
-        del fields  # parts of it hold on to the whole body, and a stream may last for long
+        asked = await self._prepare()
+        if asked is None:
+            return
         try:
-            await self._exchange(route, spelling, stream=stream)
+            await self._exchange(asked)
         except UpstreamUnreachable:
-            if route.file is None:
+            if asked.route.file is None:
                 raise
             # An engine of ours that listens no more has just died, and its end is on its way
             # to the scheduler. The next one may have the request: this one refused it, or
             # closed a kept connection on it at once (`RACE_S` in net/client.py).
-            await self._api.pool.until_gone(route.spec.key, timeout_s=DEATH_WAIT_S)
-            await self._exchange(route, spelling, stream=stream)
+            await self._api.pool.until_gone(asked.route.spec.key, timeout_s=DEATH_WAIT_S)
+            await self._exchange(asked)
 
-    async def _exchange(self, route: Route, spelling: str, *, stream: bool) -> None:
+    async def _exchange(self, asked: Exchange) -> None:
         """Hold a lease for as long as the engine's answer lasts."""
-        api, path = self._api, self._scope["path"]
+        api, path, route = self._api, self._scope["path"], asked.route
         claim = api.pool.claim(
             route.spec,
             ttl_s=route.ttl_s,
-            wait_s=None if stream else api.max_load_wait_s,  # a stream is told how far the load is
+            # A stream is told how far the load is.
+            wait_s=None if asked.stream else api.max_load_wait_s,
             queue_wait_s=api.max_queue_wait_s,
-            spelling=spelling,
+            spelling=asked.spelling,
         )
         try:
-            engine = claim.engine or await self._wait(claim, stream=stream)
+            engine = claim.engine or await self._wait(claim, stream=asked.stream)
             self._tell(claim, engine, route)
             client = engine.client
             assert client is not None  # a granted engine listens
             name = f"The {'upstream' if route.file is None else 'engine of'} {claim.key.model}"
             response = await ask(
                 client,
-                self._engine_path(),
+                asked.path,
                 self._body,
-                headers=self._engine_headers(),
+                method=asked.method,
+                headers=asked.headers,
                 name=name,
-                explain=lambda status, error: engine.adapter.explain(status, error, path),
+                explain=None
+                if asked.raw
+                else lambda status, error: engine.adapter.explain(status, error, path),
             )
             self._body = b""
             await relay(response, self._answer, name=name)
@@ -299,7 +351,7 @@ class _Call:
             stats.cancelled += 1
             return
         now = self._loop.time()
-        stats.answered[self._scope["path"], self._status] += 1
+        stats.answered[self._counted_as, self._status] += 1
         stats.duration.add(now - self._arrived)
         if self._answer.first_byte is not None:
             stats.first_byte.add(self._answer.first_byte - self._arrived)
@@ -309,6 +361,36 @@ class _Call:
         if 0 < len(value) <= MAX_REQUEST_ID and value.isascii():
             return value
         return self._api.request_id()
+
+
+class _HotCall(EngineCall):
+    """One request on a hot path."""
+
+    __slots__ = ()
+
+    async def _prepare(self) -> Exchange:
+        kind = HOT_PATHS[self._scope["path"]]
+        fields: Inference = kind.parser.parse(self._body)
+        route = await self._api.route(fields, embeddings=kind.embeddings)
+        self._api.check_loaded(route, autoload=self._autoload())
+        self._body = body_for(self._body, fields, route.asked_model)
+        # `fields` does not outlive this: parts of it hold on to the whole body.
+        return Exchange(
+            route,
+            fields.model,
+            self._engine_path(),
+            self._engine_headers(),
+            stream=fields.stream is True,
+        )
+
+    def _autoload(self) -> bool:
+        """Return what the query says, as llama-server reads it, or else the setting."""
+        query = self._scope["query_string"]
+        if b"autoload" in query:
+            said, *_ = parse_qs(query.decode("latin-1")).get("autoload", [""])
+            if said:
+                return said in ("true", "1")
+        return self._api.autoload
 
     def _engine_path(self) -> bytes:
         query = self._scope["query_string"]

@@ -46,7 +46,7 @@ def add_lifecycle_calls(app: FastAPI, services: Services) -> None:
     )
     async def load(request: Request) -> LoadedItem:
         """Load a model; with `wait: false` answer 202 at once."""
-        wanted = load_parser.parse(await _body(request))
+        wanted = load_parser.parse(await body_bytes(request))
         if wanted.wait is False:
             job = loads.job_item(await loads.start(wanted))
             return JSONResponse(job.model_dump(), 202)  # type: ignore[return-value]
@@ -67,14 +67,14 @@ def add_lifecycle_calls(app: FastAPI, services: Services) -> None:
     @app.post("/v1/models/plan", tags=["models"], openapi_extra=request_body(PlanRequest))
     async def plan(request: Request) -> DecisionItem:
         """Tell what loading a model would take and who would leave for it; nothing is changed."""
-        wanted = plan_parser.parse(await _body(request))
+        wanted = plan_parser.parse(await body_bytes(request))
         route = await services.inference.route(wanted, embeddings=wanted.embeddings is True)
         return decision_item(services.pool.plan(route.spec))
 
     @app.post("/v1/models/pin", tags=["models"], openapi_extra=request_body(PinRequest))
     async def pin(request: Request) -> Pinned:
         """Let a model be neither a victim nor unloaded by time, or take that back."""
-        wanted = pin_parser.parse(await _body(request))
+        wanted = pin_parser.parse(await body_bytes(request))
         await services.inventory.refresh()
         model = services.catalog.names().resolve(wanted.model).id
         services.pool.pin(model, pinned=wanted.pinned)
@@ -84,38 +84,40 @@ def add_lifecycle_calls(app: FastAPI, services: Services) -> None:
     @app.post("/v1/models/unload", tags=["models"], openapi_extra=request_body(UnloadRequest))
     async def unload(request: Request) -> Unloaded:
         """Unload a model's engines and answer when they are gone; busy ones end first."""
-        wanted = unload_parser.parse(await _body(request))
-        going = _engines_of(services, wanted)
+        wanted = unload_parser.parse(await body_bytes(request))
+        going = engines_of(services, wanted)
         if not going and wanted.backend not in (None, "auto"):
             raise ModelNotLoaded(
                 f"No engine of {wanted.model} runs on {wanted.backend}. "
                 "GET /v1/models/loaded lists what is loaded.",
                 param="model",
             )
-        gone = await _let_go(services, going, force=wanted.force is True)
+        gone = await let_go(services, going, force=wanted.force is True)
         return gone.model_copy(update={"model": wanted.model, "model_path": wanted.model})
 
     @app.post("/v1/models/unload-all", tags=["models"])
     async def unload_all() -> Unloaded:
         """Unload every engine and answer when they are gone; busy ones end first."""
-        return await _let_go(services, _local_engines(services), force=False)
+        return await let_go(services, local_engines(services), force=False)
 
 
-async def _body(request: Request) -> bytes:
+async def body_bytes(request: Request) -> bytes:
+    """Return the whole body of a control call."""
     return await read_body(dict(request.scope["headers"]), request.receive, MAX_BODY_BYTES)
 
 
-def _local_engines(services: Services) -> list[tuple[EngineView, Engine]]:
+def local_engines(services: Services) -> list[tuple[EngineView, Engine]]:
+    """Return the engines that are ours to unload."""
     return [pair for pair in services.pool.views() if lists.is_local(pair[0])]
 
 
-def _engines_of(services: Services, wanted: UnloadRequest) -> list[tuple[EngineView, Engine]]:
+def engines_of(services: Services, wanted: UnloadRequest) -> list[tuple[EngineView, Engine]]:
     """Return the engines an unload means.
 
     Raises:
         ModelNotFound: neither loaded nor on disk.
     """
-    local = _local_engines(services)
+    local = local_engines(services)
     try:
         model = services.catalog.names().resolve(wanted.model).id
     except ModelNotFound:
@@ -132,9 +134,10 @@ def _engines_of(services: Services, wanted: UnloadRequest) -> list[tuple[EngineV
     ]
 
 
-async def _let_go(
+async def let_go(
     services: Services, going: list[tuple[EngineView, Engine]], *, force: bool
 ) -> Unloaded:
+    """Unload these engines and tell of them when they are gone."""
     await services.pool.unload([engine.id for _, engine in going], force=force)
     results: list[UnloadResult] = [lists.unload_result(view, engine) for view, engine in going]
     return Unloaded(

@@ -142,7 +142,8 @@ def status_of(file: ModelFile, pool: EnginePool) -> Status:
         return Status(value="sleeping")
     failure = pool.failure(file.id, file.revision)
     if failure is not None:
-        return Status(value="failed", failed=True, message=failure.message)
+        exit_code = (failure.details or {}).get("exit_code")
+        return Status(value="failed", failed=True, message=failure.message, exit_code=exit_code)
     return Status(value="unloaded")
 
 

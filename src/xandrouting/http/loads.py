@@ -101,6 +101,12 @@ class Loads:
             raise NotFound("There is no such load. It may have ended long ago.")
         return job
 
+    def under_way(self, model: str) -> list[Job]:
+        """Return the loads of a model, by its canonical id, that nobody waits for."""
+        return [
+            job for job in self._jobs.values() if job.ended is None and job.claim.key.model == model
+        ]
+
     async def cancel(self, load_id: str) -> Job:
         """Take a load back. It ends unless somebody else waits for the model.
 

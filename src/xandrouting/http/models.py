@@ -9,9 +9,10 @@ from fastapi import FastAPI
 from xandrouting.core.engine_state import EngineState
 from xandrouting.core.errors import BackendUnavailable
 from xandrouting.http import lists
+from xandrouting.http.model_path import named
 from xandrouting.http.schemas import InventoryList, LoadedList, ModelItem, ModelList, Stats
 from xandrouting.http.services import Services
-from xandrouting.inventory.model_file import VIRTUAL_ROOT, ModelFile
+from xandrouting.inventory.model_file import ModelFile
 from xandrouting.proxy.request import Routing
 
 
@@ -59,8 +60,7 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
         """Describe one model; its id may be given with or without the leading slash."""
         await inventory.refresh()
         names = services.catalog.names()
-        rooted = f"/{model_id}" if model_id.startswith(f"{VIRTUAL_ROOT[1:]}/") else model_id
-        return lists.model_item(names.resolve(rooted), pool)
+        return lists.model_item(names.resolve(named(model_id)), pool)
 
 
 def _fits(services: Services, file: ModelFile) -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from xandrouting.http.errors import body_of
 from xandrouting.pool.engine import EngineNews, News
 from xandrouting.pool.pool import EnginePool
 from xandrouting.telemetry.events import EventBus
+from xandrouting.telemetry.logs import LogLine
 
 # What is worth a message of its own: an engine that left without anybody's wish.
 _NOTICES = {"evicted": "evicted", "idle": "ttl_unload"}
@@ -70,6 +72,10 @@ class Newsroom:
             self._notice(_NOTICES[item.reason], engine.spec.key.model, item.decision)
         elif item.news is News.FAILED and item.error is not None:
             self.bus.publish("notice", "notice", _failure(data))
+
+    def log_line(self, line: LogLine) -> None:
+        """Publish a line of the log."""
+        self.bus.publish("log", "log", dataclasses.asdict(line))
 
     def survey(self) -> None:
         """Publish the ledger's lines, and a notice when a device can no longer be read."""

@@ -13,6 +13,8 @@ from xandrouting.http.inference import Kind
 
 _REF = "#/components/schemas/{name}"
 
+_UPSTREAM_METHODS = ("get", "post", "put", "patch", "delete")
+
 _SUMMARIES = {
     "/v1/chat/completions": "Chat with a model; it is loaded if it is not",
     "/v1/completions": "Complete a text",
@@ -64,9 +66,14 @@ def _schema(
     any_error = _any_error(schema)
     for path, kind in hot_paths.items():
         schema["paths"][path] = {"post": _operation(path, kind, any_error)}
+    schema["paths"]["/upstream/{path}"] = {
+        method: _upstream_operation(method, any_error) for method in _UPSTREAM_METHODS
+    }
     for operations in schema["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # every validation error is a 400
+            # FastAPI takes an error for text where the answer is text.
+            operation["responses"].update(any_error)
     return schema
 
 
@@ -84,4 +91,22 @@ def _operation(path: str, kind: Kind, any_error: dict[str, Any]) -> dict[str, An
         "operationId": path.strip("/").replace("/", "_"),
         "requestBody": request_body(kind.body)["requestBody"],
         "responses": {"200": answer, **any_error},
+    }
+
+
+def _upstream_operation(method: str, any_error: dict[str, Any]) -> dict[str, Any]:
+    path = {
+        "name": "path",
+        "in": "path",
+        "required": True,
+        "description": "The model's id, and after it any path of its engine.",
+        "schema": {"type": "string"},
+    }
+    answer = {"description": "The engine's answer, whatever it is", "content": {"*/*": {}}}
+    return {
+        "tags": ["llama-swap"],
+        "summary": "A model's engine as it is; it is loaded if it is not",
+        "operationId": f"upstream_{method}",
+        "parameters": [path],
+        "responses": {"default": answer, **any_error},
     }

@@ -38,11 +38,15 @@ class LoadingItem(BaseModel):
 
 
 class Status(BaseModel):
-    """A model's state: `unloaded`, `loading`, `loaded` or `failed`."""
+    """A model's state: `unloaded`, `loading`, `loaded`, `sleeping` or `failed`.
+
+    `exit_code` is its last engine's, if that ended by itself before it was ready.
+    """
 
     value: str
     failed: bool = False
     message: str | None = None  # why its last load failed
+    exit_code: int | None = None
     loading: LoadingItem | None = None
 
 
@@ -66,6 +70,95 @@ class ModelList(BaseModel):
 
     object: str = "list"
     data: list[ModelItem]
+
+
+class RouterStatus(Status):
+    """A model's state as llama-server's router says it: `failed` stands beside `unloaded`.
+
+    `args` is the command line of llama-server that would start the same engine.
+    """
+
+    args: list[str] | None = None
+
+
+class Architecture(BaseModel):
+    """What goes into a model and what comes out."""
+
+    input_modalities: list[str]
+    output_modalities: list[str]
+
+
+class RouterModel(ModelItem):
+    """One model as llama-server's router lists it, and what else is known of it.
+
+    `meta` is there while it is loaded.
+    """
+
+    owned_by: str = "llamacpp"
+    path: str
+    aliases: list[str] = []
+    tags: list[str] = []
+    status: RouterStatus
+    architecture: Architecture
+    meta: dict[str, int] | None = None
+
+
+class RouterModels(BaseModel):
+    """The list of llama-server's router."""
+
+    data: list[RouterModel]
+    object: str = "list"
+
+
+class Success(BaseModel):
+    """llama-server's word for done, or for begun."""
+
+    success: bool = True
+
+
+class RunningItem(BaseModel):
+    """One engine as llama-swap lists it.
+
+    `state`: `starting`, `ready` or `stopping`. `ttl` is in seconds; 0: for ever. `cmd` is the
+    command line of llama-server that would start the same engine.
+    """
+
+    model: str
+    state: str
+    cmd: str
+    proxy: str
+    ttl: int
+    name: str
+    description: str
+
+
+class Running(BaseModel):
+    """llama-swap's list of engines."""
+
+    running: list[RunningItem]
+
+
+class SwapMessage(BaseModel):
+    """llama-swap's word for done."""
+
+    msg: str
+
+
+class LogItem(BaseModel):
+    """One line of the log. `source`: `gateway` or `engine`."""
+
+    at: str
+    source: str
+    text: str
+    level: str | None
+    model: str | None
+    engine: str | None
+
+
+class LogLines(BaseModel):
+    """The last lines of the log, oldest first."""
+
+    lines: list[LogItem]
 
 
 class MemoryItem(BaseModel):
@@ -163,6 +256,21 @@ class DecisionItem(BaseModel):
     alternatives: list[dict[str, Any]]
 
 
+class SparesItem(BaseModel):
+    """Processes that wait for the next load."""
+
+    count: int
+    memory_bytes: int
+
+
+class ParkedItem(BaseModel):
+    """Conversations of engines that were unloaded, on disk."""
+
+    conversations: int
+    size_bytes: int
+    quota_bytes: int
+
+
 class System(BaseModel):
     """This machine: its memory and what is held of it."""
 
@@ -172,6 +280,8 @@ class System(BaseModel):
     devices: list[DeviceItem]
     pinned: list[str]
     queued_requests: int
+    spares: SparesItem
+    parked: ParkedItem
 
 
 class LoadedItem(BaseModel):

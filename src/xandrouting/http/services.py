@@ -9,24 +9,32 @@ from xandrouting.http.inference import InferenceApi
 from xandrouting.http.loads import Loads
 from xandrouting.http.schemas import EngineStatus
 from xandrouting.inventory.inventory import Inventory
+from xandrouting.pool.parking import Parking
 from xandrouting.pool.pool import EnginePool
 from xandrouting.routing.catalog import Catalog
 from xandrouting.telemetry.events import EventBus
+from xandrouting.telemetry.logs import LogBook
 from xandrouting.telemetry.metrics import Metrics
 from xandrouting.telemetry.requests import RequestStats
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The rooms behind the control calls. `backends` tells what can serve here, and why not."""
+    """The rooms behind the control calls. `backends` tells what can serve here, and why not.
+
+    `max_loaded` is how many engines there may be at once; None: as many as fit.
+    """
 
     version: str
+    max_loaded: int | None
     inference: InferenceApi
     pool: EnginePool
     loads: Loads
+    parking: Parking
     catalog: Catalog
     inventory: Inventory
     stats: RequestStats
     metrics: Metrics
     bus: EventBus
+    logs: LogBook
     backends: Callable[[], Mapping[str, EngineStatus]]

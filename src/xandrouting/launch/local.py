@@ -195,7 +195,7 @@ class LocalHandle:
         self._run_dir = run_dir
         self._gauge = gauge
         self._told_to_stop = False
-        self._oom_kills = host_memory.oom_kills()
+        self._oom_kills: int | None = None  # of this machine, when it was given its order
         self._log = EngineLog(hear)
         self._control = b""
         self._told_status: int | None = None  # as the guard told it; None: it did not live to
@@ -210,6 +210,7 @@ class LocalHandle:
         self.engine = self._log.engine = engine
         self.base_url = f"http://{HOST}:{port}"
         self._plan = plan
+        self._oom_kills = host_memory.oom_kills()
         self._log.expect(plan.ready_line)
         if plan.order:
             self._tell(f"tell {plan.order.replace('{port}', str(port))}\n")
@@ -224,6 +225,11 @@ class LocalHandle:
         self._log.expect(self._plan.waiting_line)
         self._tell(f"tell {self._plan.rest_order}\n")
         await self._log.said()
+
+    @property
+    def lives(self) -> bool:
+        """Whether the program still runs, or has yet to; its end may not have been told yet."""
+        return self._life is None or self._life.lasts()
 
     async def begun(self) -> str | None:
         """Wait until the engine's program runs; return why it never will, or None."""
@@ -375,7 +381,7 @@ class LocalLauncher:
         """
         port = reserve_port()
         handle = self._spares.pop(_program(plan), None) if plan.order else None
-        if handle is None:
+        if handle is None or not handle.lives:
             handle = self._launch(plan, port)
         handle.become(engine, plan, port)
         await self._until_begun(handle, plan)

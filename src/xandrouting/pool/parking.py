@@ -19,7 +19,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,6 +48,15 @@ class SavedSlot:
     size_bytes: int
     checksum: int
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> SavedSlot:
+        """Read a manifest's entry. Raises ValueError, KeyError or TypeError for any other."""
+        name = str(values["name"])
+        if Path(name).name != name:
+            raise ValueError("a file of another folder")
+        numbers = (int(values[field]) for field in ("tokens", "size_bytes", "checksum"))
+        return cls(name, *numbers)
+
 
 @dataclass(frozen=True, slots=True)
 class Parked:
@@ -66,7 +75,7 @@ class Parked:
     def parse(cls, text: str) -> Parked:
         """Read a manifest. Raises ValueError, KeyError or TypeError for any other text."""
         values: dict[str, Any] = json.loads(text)
-        slots = tuple(SavedSlot(**slot) for slot in values["slots"])
+        slots = tuple(SavedSlot.of(slot) for slot in values["slots"])
         return cls(str(values["good_for"]), float(values["parked_at"]), slots)
 
 
@@ -75,18 +84,22 @@ class Parking:
 
     def __init__(self, folder: Path, quota_bytes: int) -> None:
         self._folder = folder
-        self._quota_bytes = quota_bytes
+        self.quota_bytes = quota_bytes
         self._parked: dict[str, Parked] = {}  # by the name all files of an engine begin with
         self._sealing: dict[str, asyncio.Task[None]] = {}
+        self._promised: dict[str, int] = {}  # bytes, to those that are saving
+        # Tokens by slot, of engines that live. They do not tell of what no request has used yet.
+        self._restored: dict[str, dict[int, int]] = {}
 
     async def open(self) -> None:
-        """Look at what an earlier server left, and delete what is of no use."""
+        """Look at what an earlier server left, and delete what is of no use or too much."""
         self._parked = await asyncio.to_thread(self._look)
+        await self._drop_down_to(self.quota_bytes)
 
     @property
     def folder(self) -> str:
         """Where engines save, as llama.cpp wants it; empty: they shall not."""
-        return f"{self._folder}/" if self._quota_bytes else ""
+        return f"{self._folder}/" if self.quota_bytes else ""
 
     @property
     def size_bytes(self) -> int:
@@ -100,29 +113,40 @@ class Parking:
 
     async def park(self, start: Start, client: Client, slots: Slots) -> None:
         """Save what the engine's slots hold. It still runs, and nobody else may ask it now."""
-        if not self._quota_bytes or start.spec.mmproj is not None:  # what it saw cannot be saved
+        if not self.quota_bytes or start.spec.mmproj is not None:  # what it saw cannot be saved
             return
         began = time.monotonic()
         stem = _stem(start.engine.key)
         await self._until_sealed(stem)
         await self._drop((stem,))
+        restored = self._restored.pop(stem, {})
         saved: list[SavedSlot] = []
         try:
             async with asyncio.timeout(CALL_S):
                 answer = await _ask(client, slots.list_path)
-                worth = [s for s in slots.states(answer) if s.tokens >= MIN_TOKENS and not s.busy]
+                states = (
+                    replace(state, tokens=state.tokens or restored.get(state.id, 0))
+                    for state in slots.states(answer)
+                )
+                worth = [s for s in states if s.tokens >= MIN_TOKENS and not s.busy]
                 for state in sorted(worth, key=lambda s: -s.tokens):
-                    if not await self._make_room(_most_bytes(start, state.tokens), saved):
-                        break
+                    if not await self._make_room(stem, _most_bytes(start, state.tokens), saved):
+                        continue  # a shorter one may fit
                     name = f"{stem}-{state.id}.slot"
                     path, body = slots.save(state.id, name)
                     saved.append(SavedSlot(name, state.tokens, 0, 0))  # it may be left half written
                     size = slots.saved_bytes(await _ask(client, path, body))
                     saved[-1] = SavedSlot(name, state.tokens, size, 0)
-        except (UpstreamError, TimeoutError, _Refused, *_ANSWER_FAULTS) as error:
-            log.warning("conversation not parked engine=%s error=%s", start.engine, error)
+        except asyncio.CancelledError:
+            self._delete(slot.name for slot in saved)
+            raise
+        except (UpstreamError, OSError, _Refused, *_ANSWER_FAULTS) as error:
+            reason = str(error) or type(error).__name__
+            log.warning("conversation not parked engine=%s error=%s", start.engine, reason)
             half = [slot.name for slot in saved if not slot.size_bytes]
             await asyncio.to_thread(self._delete, half)
+        finally:
+            self._promised.pop(stem, None)
         whole = tuple(slot for slot in saved if slot.size_bytes)
         if whole:
             tokens, took_s = sum(slot.tokens for slot in whole), time.monotonic() - began
@@ -138,6 +162,7 @@ class Parking:
         Meant to run beside the load.
         """
         stem = _stem(start.engine.key)
+        self._restored.pop(stem, None)  # an earlier engine's
         await self._until_sealed(stem)
         parked = self._parked.get(stem)
         if parked is None:
@@ -150,6 +175,8 @@ class Parking:
         for slot in parked.slots:
             if slot not in whole:
                 log.warning("parked file damaged engine=%s file=%s", start.engine, slot.name)
+        if not whole:
+            await self._drop((stem,))
         return whole
 
     async def restore(
@@ -161,15 +188,17 @@ class Parking:
             return
         # Before it is tried: what ends an engine must not end the next one too.
         await asyncio.to_thread(self._delete, [f"{stem}.json"])
-        began, tokens = time.monotonic(), 0
+        began = time.monotonic()
+        restored = self._restored[stem] = {}
         try:
             async with asyncio.timeout(CALL_S):
                 for slot, saved in zip(range(start.options.n_parallel or 1), whole, strict=False):
                     path, body = slots.restore(slot, saved.name)
-                    tokens += slots.restored_tokens(await _ask(client, path, body))
+                    restored[slot] = slots.restored_tokens(await _ask(client, path, body))
         except (UpstreamError, TimeoutError, _Refused, *_ANSWER_FAULTS) as error:
-            log.warning("conversation not restored engine=%s error=%s", start.engine, error)
-        took_s = time.monotonic() - began
+            reason = str(error) or type(error).__name__
+            log.warning("conversation not restored engine=%s error=%s", start.engine, reason)
+        tokens, took_s = sum(restored.values()), time.monotonic() - began
         log.info("restored engine=%s tokens=%d took_s=%.3f", start.engine, tokens, took_s)
         await self._drop((stem,))
 
@@ -182,14 +211,29 @@ class Parking:
         if self._sealing:
             await asyncio.wait(self._sealing.values())
 
-    async def _make_room(self, size_bytes: int, saved: Iterable[SavedSlot]) -> bool:
-        """Delete the oldest until so much more may be parked; False: it may not."""
-        taken = sum(slot.size_bytes for slot in saved)
-        while self._parked and taken + self.size_bytes + size_bytes > self._quota_bytes:
+    async def _make_room(self, stem: str, size_bytes: int, saved: Iterable[SavedSlot]) -> bool:
+        """Delete the oldest until so much more may be saved; False: it may not.
+
+        Raises:
+            OSError: there is no folder, and none can be made.
+        """
+        taken = sum(slot.size_bytes for slot in saved) + size_bytes
+        others = sum(promised for other, promised in self._promised.items() if other != stem)
+        if taken + others > self.quota_bytes:
+            return False
+        self._promised[stem] = taken  # before others get a chance to look
+        free = await asyncio.to_thread(self._free_bytes)
+        if free - size_bytes < MIN_FREE_BYTES:
+            self._promised[stem] -= size_bytes
+            return False
+        await self._drop_down_to(self.quota_bytes - sum(self._promised.values()))
+        return True
+
+    async def _drop_down_to(self, limit_bytes: int) -> None:
+        """Delete the oldest until no more than this is parked."""
+        while self._parked and self.size_bytes > limit_bytes:
             oldest = min(self._parked, key=lambda stem: self._parked[stem].parked_at)
             await self._drop((oldest,))
-        free = await asyncio.to_thread(self._free_bytes)
-        return taken + size_bytes <= self._quota_bytes and free - size_bytes >= MIN_FREE_BYTES
 
     def _free_bytes(self) -> int:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -204,11 +248,15 @@ class Parking:
         try:
             sealed = await asyncio.to_thread(self._sealed, stem, parked)
         except OSError as error:
-            log.warning("conversation not parked file=%s error=%s", stem, error.strerror)
+            if self._parked.get(stem) is parked:
+                log.warning("conversation not parked file=%s error=%s", stem, error.strerror)
             await self._drop((stem,))
+            await asyncio.to_thread(self._delete, [f"{stem}.new"])
             return
         if self._parked.get(stem) is parked:
             self._parked[stem] = sealed
+        else:  # dropped meanwhile, for another's sake
+            await asyncio.to_thread(self._delete, [f"{stem}.json"])
 
     def _sealed(self, stem: str, parked: Parked) -> Parked:
         """Write the manifest of files that are whole."""
@@ -265,7 +313,7 @@ class Parking:
         except OSError:
             return {}  # there is none yet, or not for us
         known: set[str] = set()
-        for name in names if self._quota_bytes else ():
+        for name in names if self.quota_bytes else ():
             path = self._folder / name
             try:
                 parked = Parked.parse(path.read_text()) if path.suffix == ".json" else None
@@ -299,8 +347,9 @@ async def _ask(client: Client, path: bytes, body: bytes | None = None) -> bytes:
 def good_for(start: Start) -> str:
     """Return what has to be the same for a conversation to be read back: model, engine, options."""
     spec = start.spec
-    options = f"{start.options.n_ctx} {start.options.cache_type_k} {start.options.cache_type_v}"
-    return f"{spec.learned_as} {spec.revision} {options} {start.options.embeddings}"
+    asked = start.options
+    options = (asked.n_ctx, asked.n_parallel, asked.cache_type_k, asked.cache_type_v)
+    return " ".join(map(str, (spec.learned_as, spec.revision, *options, asked.embeddings)))
 
 
 def _stem(key: ModelKey) -> str:

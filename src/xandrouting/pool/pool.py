@@ -70,6 +70,7 @@ FREED_POLL_S: Final = 0.05
 SPARE_WAIT_S: Final = 5.0  # a first answer that takes longer has its processor for long anyway
 # Not for other options, which a conversation would not fit, nor where nobody waits for it to end.
 PARKED_WHEN: Final = frozenset(("idle", "evicted", "unload", "shutdown"))
+REST_S: Final = 10.0  # an engine that has not begun to sleep by then hangs
 FREED_WAIT_S: Final = 3.0  # from an engine's end to its memory's being free again; then it is lost
 
 
@@ -334,6 +335,11 @@ class EnginePool:
         return self._scheduler.pinned
 
     @property
+    def spares(self) -> tuple[MemoryUse, ...]:
+        """What the processes take that wait for the next load, when last measured."""
+        return self._survey.spares
+
+    @property
     def queued(self) -> int:
         """How many requests wait for an engine."""
         return self._scheduler.queued
@@ -486,13 +492,15 @@ class EnginePool:
                 engine, start_error(model, failure, tail, stall_s=stall_s, status=error.status)
             )
         finally:
-            if engine.stop_reason in PARKED_WHEN and handle.exit_status is None:
-                await self._park(engine, kind)
-            if engine.client is not None:
-                engine.client.close()
-            self._keep(self._prepare_spare(kind))
-            await handle.stop(grace_s=0.0 if engine.forced else plan.stop_grace_s)
-            await self._until_freed(engine)
+            try:
+                if engine.stop_reason in PARKED_WHEN and handle.exit_status is None:
+                    await self._park(engine, kind)
+            finally:  # whatever becomes of its conversations, it ends
+                if engine.client is not None:
+                    engine.client.close()
+                self._keep(self._prepare_spare(kind))
+                await handle.stop(grace_s=0.0 if engine.forced else plan.stop_grace_s)
+                await self._until_freed(engine)
         return None
 
     def _plan(self, engine: Engine, kind: Kind) -> LaunchPlan:
@@ -530,7 +538,7 @@ class EnginePool:
         return False
 
     async def _rest(self, engine: Engine, handle: Handle, kind: Kind) -> LaunchPlan | None:
-        """Let the engine sleep; return how it goes on when it is woken. None: it has exited."""
+        """Let the engine sleep; return how it goes on when it is woken. None: it shall end."""
         await self._park(engine, kind)
         if engine.client is not None:
             engine.client.close()
@@ -542,15 +550,22 @@ class EnginePool:
             if exited.done():
                 self._log_exit(engine, handle)
                 return None
+            try:
+                woken.result()
+            except TimeoutError:
+                log.warning("engine does not rest engine=%s waited_s=%.0f", engine.id, REST_S)
+                return None
         plan = self._plan(engine, kind)
         handle.wake(plan)
         return plan
 
     async def _until_woken(self, engine: Engine, handle: Handle) -> None:
-        await handle.rest()
+        async with asyncio.timeout(REST_S):
+            await handle.rest()
         log.info("engine sleeping engine=%s", engine.id)
         self._dispatch(EngineSlept(engine.id))
-        self._on_news(EngineNews(News.SLEEPING, engine))
+        if not engine.woken.is_set():  # else somebody waited for it, and it sleeps no more
+            self._on_news(EngineNews(News.SLEEPING, engine))
         self._survey_wanted.set()
         await engine.woken.wait()
 
@@ -563,8 +578,8 @@ class EnginePool:
     async def _replace_spare(self, engine: Engine, kind: Kind) -> None:
         """Prepare a spare after the one the engine took, and not beside its first answer."""
         if engine.granted:
-            served, stopped = beside(engine.served.wait()), beside(engine.stop_asked.wait())
-            async with served as done, stopped as ended:
+            served, gone = beside(engine.served.wait()), beside(engine.gone.wait())
+            async with served as done, gone as ended:
                 both = {done, ended}
                 await asyncio.wait(both, timeout=SPARE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
         await self._prepare_spare(kind)

@@ -63,26 +63,33 @@ class Answer:
 
 
 async def ask(
-    client: Client, path: bytes, body: bytes, *, headers: bytes, name: str, explain: Explain
+    client: Client,
+    path: bytes,
+    body: bytes,
+    *,
+    method: bytes = b"POST",
+    headers: bytes,
+    name: str,
+    explain: Explain | None,
 ) -> Response:
     """Send `body` to the engine and return its answer once that has begun.
 
-    `name` is what errors call the engine. `headers` are whole lines for the engine. End the
-    answer with `relay`.
+    `name` is what errors call the engine. `headers` are whole lines for the engine. Without
+    `explain` a refusal is an answer like any other. End the answer with `relay`.
 
     Raises:
         UpstreamUnreachable: nobody listens there; the engine never saw the request.
         GatewayError: it broke off, or refused; the error says what it said.
     """
     try:
-        response = await client.request(b"POST", path, body, headers)
+        response = await client.request(method, path, body, headers)
     except ConnectError as error:
         raise UpstreamUnreachable(
             f"{name} does not accept connections. Check that it runs, then ask again."
         ) from error
     except UpstreamError as error:
         raise _died(name) from error
-    if response.status < 400:
+    if response.status < 400 or explain is None:
         return response
     try:
         raise await _rejection(response, name, explain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from xandrouting.net.client import Headers
@@ -48,3 +49,31 @@ EVENT_STREAM_HEADERS: Final[Headers] = [
 def passed_on(headers: Headers) -> Headers:
     """Return the upstream's headers that the client gets."""
     return [pair for pair in headers if pair[0] not in _DROPPED]
+
+
+# Between the client and the gateway alone, or set anew for the engine.
+_NOT_FORWARDED: Final = frozenset(
+    (
+        b"accept-encoding",  # an event stream must stay readable here
+        b"authorization",
+        b"connection",
+        b"content-length",
+        b"cookie",
+        b"expect",
+        b"host",
+        b"keep-alive",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-api-key",
+    )
+)
+
+
+def forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return a client's headers as the lines that an engine gets of them."""
+    lines = [b"%b: %b\r\n" % pair for pair in headers if pair[0] not in _NOT_FORWARDED]
+    return b"".join(lines)

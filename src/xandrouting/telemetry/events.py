@@ -16,6 +16,8 @@ QUEUE_EVENTS: Final = 256
 
 # What a slow subscriber can do without: the next gauge replaces the last, logs are kept elsewhere.
 _DISPENSABLE: Final = frozenset(("gauge", "log"))
+# Who comes back does not get these: one load's lines would push all else out of the ring.
+_UNKEPT: Final = frozenset(("log",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,12 @@ class EventBus:
         """
         if topic not in TOPICS:
             raise ValueError(f"no such topic: {topic}")
-        self._number += 1
-        event = Event(self._id(self._number), topic, kind, data)
-        self._ring.append(event)
+        if topic in _UNKEPT:
+            event = Event(self._id(self._number), topic, kind, data)
+        else:
+            self._number += 1
+            event = Event(self._id(self._number), topic, kind, data)
+            self._ring.append(event)
         for subscription in self._subscriptions:
             subscription.offer(event)
 
