@@ -523,7 +523,10 @@ def test_damaged_figures_do_not_keep_it_from_starting(serve_own: Serve, kind: st
 
 
 def forbid_large_loads(server: Server) -> None:
-    """Let later engines have a little more address space than the one that runs."""
+    """Let later engines have a little more address space than the one that runs.
+
+    Spares are there before.
+    """
     [engine] = server.engines()
     most = engine.memory_info().vms + 300 * MIB
     server.process.rlimit(psutil.RLIMIT_AS, (most, most))
@@ -538,7 +541,7 @@ def fails_for_memory(server: Server, model: str) -> None:
 
 
 def test_load_out_of_memory_is_tried_again_without_the_idle(serve_own: Serve) -> None:
-    server = serve_own("a", "b")
+    server = serve_own("a", "b", spares="none")
     assert small_chat(server, A) == "cold"
     forbid_large_loads(server)
     assert server.plan(B, **HUGE)["verdict"] == "load"
@@ -555,7 +558,7 @@ def test_load_out_of_memory_is_tried_again_without_the_idle(serve_own: Serve) ->
 
 
 def test_load_out_of_memory_with_nobody_idle_is_tried_once(serve_own: Serve) -> None:
-    server = serve_own("a", "b")
+    server = serve_own("a", "b", spares="none")
     with story(server, A, **SMALL, max_tokens=200) as stream:
         forbid_large_loads(server)
         fails_for_memory(server, B)
@@ -566,7 +569,7 @@ def test_load_out_of_memory_with_nobody_idle_is_tried_once(serve_own: Serve) -> 
 
 
 def test_load_out_of_memory_leaves_pinned_ones_alone(serve_own: Serve) -> None:
-    server = serve_own("a", "b")
+    server = serve_own("a", "b", spares="none")
     server.pin(A)
     assert small_chat(server, A) == "cold"
     forbid_large_loads(server)

@@ -96,6 +96,7 @@ def test_cancelled_load_ends_its_engine(serve: Serve) -> None:
     assert ok(server.get(f"/v1/models{A}"))["status"] == {
         "value": "unloaded",
         "failed": False,
+        "exit_code": None,
         "message": None,
         "loading": None,
     }

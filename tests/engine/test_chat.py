@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from typing import Any
 
 import httpx2
 import pytest
 
 from tests.server import (
-    ENGINE_MODULE,
     MODEL,
     STARTER,
     Server,
@@ -23,6 +21,7 @@ from tests.server import (
     starter,
     text_of,
 )
+from xandrouting.engines.llamacpp import KEY_VARIABLE, RUNNER, Order
 from xandrouting.launch.local import reserve_port
 
 SPELLINGS = [
@@ -253,16 +252,23 @@ def test_image_for_a_model_without_eyes_is_the_clients_fault(server: Server) -> 
 
 def test_ready_line_is_written_whole_and_as_a_line_of_its_own() -> None:
     """llama.cpp's threads write their lines in pieces to the same pipe: none may come between."""
-    model = ("--model", str(starter()), "--alias", MODEL, "--port", str(reserve_port()))
-    size = ("--n-ctx-total", "256", "--n-parallel", "1", "--n-gpu-layers", "0")
-    env = os.environ | {"XANDROUTING_ENGINE_KEY": "key"}
-    argv = [sys.executable, "-m", ENGINE_MODULE, *model, *size]
+    order = Order(str(starter()), MODEL, 256, 1, 0, port=str(reserve_port()))
+    env = os.environ | {KEY_VARIABLE: "key"}
     with subprocess.Popen(
-        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        RUNNER,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     ) as engine:
+        assert engine.stdin is not None
         assert engine.stdout is not None
-        first = os.read(engine.stdout.fileno(), 4096)
+        waiting = os.read(engine.stdout.fileno(), 4096)
+        engine.stdin.write(order.line().encode() + b"\n")
+        engine.stdin.flush()
+        ready = os.read(engine.stdout.fileno(), 4096)
         engine.terminate()
         assert engine.stdout.read() == b""
-    assert first.startswith(b"\nxandrouting-engine ready http://127.0.0.1:")
-    assert first.endswith(b"\n")
+    assert waiting == b"\nxandrouting-engine waiting\n"
+    assert ready.startswith(b"\nxandrouting-engine ready http://127.0.0.1:")
+    assert ready.endswith(b"\n")

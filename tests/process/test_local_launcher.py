@@ -479,7 +479,8 @@ async def test_a_spare_is_for_its_own_program_and_environment(launcher: LocalLau
     process = await spare(launcher)
     other = await launcher.start(ENGINE, ordered_plan(env=(("A", "1"),)))
     without_order = (await ready(launcher))[0]
-    assert process.pid not in (other.pid, without_order.pid)
+    told_nothing = await launcher.start(ENGINE, ordered_plan(order=""))
+    assert process.pid not in (other.pid, without_order.pid, told_nothing.pid)
     assert (await ordered(launcher)).pid == process.pid
 
 

@@ -780,13 +780,15 @@ async def test_a_second_parking_waits_for_them_too(folder: Path, threads: Thread
     assert (await opened(folder)).count == 1
 
 
-@pytest.mark.parametrize("moment", ["takes_s", "told_s"])
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
 @virtual_time
 async def test_one_that_leaves_while_they_are_reckoned_leaves_nothing(
-    folder: Path, threads: Threads, moment: str
+    folder: Path, threads: Threads, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another's parking takes its room: before its files are read, or when all is written."""
-    getattr(threads, moment)["_sealed"] = 3.0
+    """Another takes its room: before its files are read, when they are, or all is written."""
+    (threads.told_s if moment == "after" else threads.takes_s)["_sealed"] = 3.0
+    if moment == "between":
+        monkeypatch.setattr(Parking, "_sum", lambda *_: (4000, 1))
     parking = await opened(folder, 500 * TOKEN_BYTES)
     await park(parking, start_of(LLAMA), FakeEngine(folder, 400))
     await asyncio.sleep(1.0)

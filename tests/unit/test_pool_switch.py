@@ -495,6 +495,17 @@ async def test_it_is_not_parked_when_its_engine_crashed_or_was_ended_by_force() 
 
 
 @virtual_time
+async def test_an_engine_that_dies_as_it_is_told_to_leave_is_not_asked_any_more() -> None:
+    launcher = FakeLauncher()
+    parking, adapter = keeping(launcher)
+    async with running(launcher, adapter=adapter, parking=parking.as_parking) as pool:
+        await use(pool, QWEN)
+        launcher.handles[0].die(-11)
+        await unload(pool, QWEN)
+        assert launcher.journal == ["started qwen#1", "fetch qwen#1", "exited qwen#1"]
+
+
+@virtual_time
 async def test_an_engine_that_was_never_ready_has_nothing_to_park() -> None:
     launcher = FakeLauncher(load_s=5.0)
     parking, adapter = keeping(launcher)
@@ -682,8 +693,9 @@ async def test_a_crash_before_the_first_answer_s_end_does_not_hold_up_the_end() 
         claim.release()
 
 
+@pytest.mark.parametrize("drains", [False, True])
 @virtual_time
-async def test_no_spare_is_made_while_the_pool_ends() -> None:
+async def test_no_spare_is_made_while_the_pool_ends(drains: bool) -> None:
     class Counting(FakeLauncher):
         made = 0
 
@@ -695,6 +707,8 @@ async def test_no_spare_is_made_while_the_pool_ends() -> None:
         await use(pool, QWEN)
         await asyncio.sleep(1.0)
         before = launcher.made
+        if drains:
+            await pool.drain(5.0)
     assert launcher.made == before == 2
 
 
@@ -716,7 +730,10 @@ async def test_where_memory_is_short_no_spare_is_made() -> None:
     launcher.others_bytes = GIB - 20 * (1 << 20)
     adapter = FakeAdapter(order="serve", sleeper_bytes=SLEEPER_BYTES)
     async with running(launcher, adapter=adapter) as pool:
+        await asyncio.sleep(0.1)
+        assert launcher.prepared == []
         await use(pool, QWEN)
+        await asyncio.sleep(0.1)
         assert launcher.prepared == []
         launcher.others_bytes = 0
         await asyncio.sleep(3.0)
