@@ -34,7 +34,7 @@ def ordered_plan(*options: str, **changes: Any) -> LaunchPlan:
     plan = LaunchPlan(
         argv=(sys.executable, FAKE_ENGINE, "--orders"),
         ready_line=READY_LINE,
-        order=shlex.join(("--port", "{port}", *options)).replace("'{port}'", "{port}"),
+        order=" ".join(("--port {port}", *map(shlex.quote, options))),
         rest_order="rest",
         waiting_line=WAITING_LINE,
     )

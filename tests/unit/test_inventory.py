@@ -184,6 +184,7 @@ async def test_verify_of_a_file_that_may_not_be_read(
     def refuse(*args: object) -> int:
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
+    os.utime(tmp_path / "tiny.gguf", ns=(1, 1))  # what has not changed is not read again
     monkeypatch.setattr("os.open", refuse)
     with pytest.raises(InvalidModelFile) as caught:
         await inventory.verify(model)

@@ -34,6 +34,10 @@ from xandrouting.engines.llamacpp_memory import CHECKPOINTS, EMBEDDING_BATCH, PR
 HTTP_THREADS: Final = 32  # each open stream holds one; the gateway opens as many as it has clients
 PING_S: Final = 1  # llama.cpp looks for a client that left when it pings
 ORDERS: Final = 0  # stdin
+# How much of a prompt a slot must hold already to be taken for it, and not the one that rested
+# longest. At llama.cpp's own 0.1 clients that share a system prompt share one slot for ever, and
+# each throws away the other's conversation.
+SAME_CONVERSATION: Final = 0.5
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -92,6 +96,7 @@ def _params(order: Order) -> xllamacpp.CommonParams:
     # Between two batches it looks for clients that left, and others decode.
     params.n_batch = PROMPT_BATCH
     params.warmup = order.warmup
+    params.slot_prompt_similarity = SAME_CONVERSATION
     params.fit_params = False  # the gateway plans; an engine that shrinks itself would belie it
     params.cache_ram_mib = 0  # memory that no plan knows of
     params.n_ctx_checkpoints = CHECKPOINTS

@@ -281,6 +281,7 @@ class EnginePool:
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new work, let running requests end for at most `grace_s`, end every engine."""
+        self._spares = ()  # there will be no next load
         self._dispatch(Shutdown())
         waiting = [engine.gone.wait() for engine in self._engines.values()]
         try:
