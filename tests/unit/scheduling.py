@@ -180,6 +180,13 @@ def busy(scheduler: Scheduler, ticket: Ticket, spec: EngineSpec, *, now: float =
     scheduler.handle(EngineReady(nth(spec, 1)), now=now)
 
 
+def busy_again(scheduler: Scheduler, ticket: Ticket, spec: EngineSpec) -> None:
+    """Load the spec's first engine for a ticket that lets it go and comes back at once."""
+    busy(scheduler, ticket, spec)
+    scheduler.handle(Release(ticket), now=0.0)
+    scheduler.handle(Acquire(ticket, spec), now=0.0)
+
+
 def idle(scheduler: Scheduler, spec: EngineSpec, *, since: float) -> None:
     """Load the spec's first engine and let it go again."""
     passing = Ticket(-1)

@@ -1,6 +1,7 @@
 """The inventory between its scans: who shares one, and the last look before a load."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path

@@ -24,6 +24,7 @@ from tests.unit.scheduling import (
     Refused,
     asking,
     busy,
+    busy_again,
     gib,
     growing,
     idle,
@@ -778,9 +779,9 @@ def test_who_leaves_while_the_second_try_waits_takes_it_along() -> None:
 
 
 def sharing(**options: float) -> Scheduler:
-    """Return a place for one, where six is in use from 0 on and five waits from 1 on."""
+    """Return a place for one: six is in use from 0 on, not for the first time, five waits."""
     scheduler = of_ten(fair_wait_s=100.0, **options)
-    busy(scheduler, A, SIX)
+    busy_again(scheduler, A, SIX)
     assert scheduler.handle(Acquire(B, FIVE), now=1.0) == []
     return scheduler
 
@@ -791,6 +792,38 @@ def test_who_came_while_it_was_in_use_lets_it_linger() -> None:
     assert scheduler.next_wakeup(now=2.0) == 2.0 + LINGER_S
     assert scheduler.handle(Tick(), now=2.9) == []
     assert scheduler.handle(Tick(), now=3.0) == [Stop(SIX_1, "evicted")]
+
+
+def test_a_model_that_is_used_for_the_first_time_does_not_linger() -> None:
+    scheduler = of_ten(fair_wait_s=100.0, min_residency_s=30.0)
+    busy(scheduler, A, SIX)
+    assert scheduler.handle(Acquire(B, FIVE), now=1.0) == []
+    assert scheduler.handle(Release(A), now=2.0) == [Stop(SIX_1, "evicted")]
+
+
+def test_a_model_nobody_came_back_to_within_that_time_does_not_linger() -> None:
+    scheduler = of_ten(fair_wait_s=100.0, min_residency_s=30.0)
+    busy_again(scheduler, A, SIX)
+    scheduler.handle(Release(A), now=0.0)
+    scheduler.handle(Acquire(A, SIX), now=LINGER_S + 0.1)
+    assert scheduler.handle(Acquire(B, FIVE), now=2.0) == []
+    assert scheduler.handle(Release(A), now=3.0) == [Stop(SIX_1, "evicted")]
+
+
+def test_who_came_back_too_late_for_one_life_has_the_next_one_linger() -> None:
+    scheduler = of_ten(fair_wait_s=100.0, min_residency_s=30.0)
+    busy(scheduler, A, SIX)
+    scheduler.handle(Acquire(B, FIVE), now=1.0)
+    assert scheduler.handle(Release(A), now=2.0) == [Stop(SIX_1, "evicted")]
+    scheduler.handle(Acquire(A, SIX), now=2.5)
+    scheduler.handle(EngineExited(SIX_1), now=3.0)
+    scheduler.handle(EngineReady(FIVE_1), now=4.0)
+    assert scheduler.handle(Release(B), now=5.0) == [Stop(FIVE_1, "evicted")]
+    scheduler.handle(Acquire(B, FIVE), now=5.5)
+    assert scheduler.handle(EngineExited(FIVE_1), now=6.0) == [start(SIX, 2)]
+    scheduler.handle(EngineReady(EngineId(SIX.key, 2)), now=7.0)
+    assert scheduler.handle(Release(A), now=8.0) == []
+    assert scheduler.next_wakeup(now=8.0) == 8.0 + LINGER_S
 
 
 def test_who_asks_it_again_keeps_it_for_its_residency() -> None:
@@ -829,8 +862,8 @@ def test_an_engine_nobody_has_used_leaves_at_once() -> None:
 
 def test_an_engine_that_may_leave_does_so_though_another_lingers() -> None:
     scheduler = of_ten(fair_wait_s=100.0, min_residency_s=30.0)
-    busy(scheduler, A, THREE)
-    busy(scheduler, B, FOUR)
+    busy_again(scheduler, A, THREE)
+    busy_again(scheduler, B, FOUR)
     assert scheduler.handle(Acquire(C, FIVE), now=1.0) == []
     assert scheduler.handle(Release(B), now=2.0) == []
     assert scheduler.handle(Release(A), now=2.5) == []
@@ -840,7 +873,7 @@ def test_an_engine_that_may_leave_does_so_though_another_lingers() -> None:
 
 def test_nobody_busy_is_drained_where_one_that_lingers_suffices() -> None:
     scheduler = of_ten(fair_wait_s=1.0, min_residency_s=1.5)
-    busy(scheduler, A, SIX, now=0.0)
+    busy_again(scheduler, A, SIX)
     busy(scheduler, B, THREE, now=0.0)
     assert scheduler.handle(Acquire(C, FIVE), now=0.1) == []
     assert scheduler.handle(Release(A), now=1.2) == []

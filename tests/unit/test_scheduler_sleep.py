@@ -20,6 +20,7 @@ from tests.unit.scheduling import (
     Refused,
     asking,
     busy,
+    busy_again,
     gib,
     idle,
     make_scheduler,
@@ -525,7 +526,7 @@ def test_a_sleeper_is_no_great_loss_however_long_its_load_takes() -> None:
 
 def test_a_sleeper_does_not_linger_for_those_who_used_it() -> None:
     scheduler = of_ten(soft_idle_s=0.0, min_residency_s=100.0, fair_wait_s=1000.0)
-    busy(scheduler, A, SIX)
+    busy_again(scheduler, A, SIX)
     assert scheduler.handle(Acquire(B, TEN), now=0.5) == [Prepare(TEN)]
     assert scheduler.handle(Release(A), now=1.0) == []
     assert scheduler.handle(Tick(), now=1.0) == [Sleep(SIX_1)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from xandrouting.core.cover import covers
 from xandrouting.core.engine_state import EngineEvent, EngineState, step
-from xandrouting.core.eviction import decayed
+from xandrouting.core.habit import Habit
 from xandrouting.core.ledger import Amounts
 from xandrouting.core.model import (
     HOST,
@@ -34,12 +34,12 @@ class Engine:
     footprint: Footprint
     decision: Decision
     ttl_s: float
+    habit: Habit = field(default_factory=Habit)  # its model's, and the next life's too
     state: EngineState = EngineState.STARTING
     leases: set[Ticket] = field(default_factory=set)
     ready_at: float | None = None
     idle_since: float | None = None
-    granted_at: float | None = None  # the last time; None: never
-    uses: float = 0.0  # decayed, as of `granted_at`
+    granted_at: float | None = None  # the last time in this life; None: never
     most: Counter[str] = field(default_factory=Counter)  # bytes it was ever measured to take
     worked: bool = False
     settled: bool = False  # it has worked, so what was measured is all it takes
@@ -77,15 +77,9 @@ class Engine:
         """Give it one more lease; one that `works` has it take all its memory."""
         self.leases.add(ticket)
         self.idle_since = None
-        self.uses = self.uses_at(now) + 1.0
+        self.habit.granted(now)
         self.granted_at = now
         self.worked = self.worked or works
-
-    def uses_at(self, now: float) -> float:
-        """How often it was asked for, older uses counting less."""
-        if self.granted_at is None:
-            return 0.0
-        return decayed(self.uses, now - self.granted_at)
 
     def idle_deadline(self) -> float | None:
         """When its idle TTL ends; None while that clock does not run."""

@@ -51,6 +51,7 @@ from xandrouting.core.events import (
 )
 from xandrouting.core.eviction import Choose, choose
 from xandrouting.core.figures import Figures
+from xandrouting.core.habit import Habit
 from xandrouting.core.ledger import DeviceState, Ledger
 from xandrouting.core.model import (
     ENGINES,
@@ -100,6 +101,7 @@ class Scheduler:
         self._turns = Turns(self._weigher, fair_wait_s=fair_wait_s, min_residency_s=min_residency_s)
         self._engines: dict[ModelKey, Engine] = {}
         self._incarnations: dict[ModelKey, int] = {}
+        self._habits: dict[ModelKey, Habit] = {}
         self._tickets: dict[Ticket, Engine | None] = {}  # None: queued or refused
         self._queue = Queue()
         self._look_again_at: float | None = None  # when time alone may help the first in the queue
@@ -248,6 +250,7 @@ class Scheduler:
             raise ValueError(f"ticket {ask.ticket} is in use")
         self._tickets[ask.ticket] = None
         key = ask.spec.key
+        self._habits.setdefault(key, Habit()).asked(now)
         engine = self._engines.get(key)
         if engine is not None and not self._closing and engine.serves(ask.spec):
             # Whoever waits for this key already asks for options the engine does not have.
@@ -279,6 +282,7 @@ class Scheduler:
         engine.leases.discard(ticket)
         if engine.leases or engine.state is EngineState.STOPPED:
             return
+        engine.habit.rests(now)
         if engine.state is EngineState.READY:
             engine.idle_since = now
         elif engine.state is EngineState.DRAINING:
@@ -628,6 +632,7 @@ class Scheduler:
             decision.footprint,
             decision,
             self._default_ttl_s if legacy is None else legacy.ttl_s,
+            self._habits[key],
         )
         return engine
 

@@ -1,9 +1,10 @@
 """Taking turns: when an engine in use leaves for those who wait.
 
 Who came while an engine was in use lets it be used for `min_residency_s`, or until nobody asks
-it for `LINGER_S`: two models that share one place do not swap with every request. Who came
-after it went idle, or just before, does not wait. And who has waited `fair_wait_s` for engines
-that are never idle has the fewest of them drained that will do.
+it for `LINGER_S`, if it was asked for again so soon the last time: two models that share one
+place do not swap with every request, and one that was asked a single thing keeps nobody waiting.
+Who came after it went idle, or just before, does not wait. And who has waited `fair_wait_s` for
+engines that are never idle has the fewest of them drained that will do.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Turns:
         assert since is not None
         assert ready_at is not None
         if engine.sleeps or engine.granted_at is None or arrived_at + SLACK_S >= since:
+            return since
+        if not engine.habit.comes_back_within(LINGER_S):
             return since
         return min(ready_at + self._min_residency_s, since + LINGER_S)
 

@@ -66,7 +66,7 @@ class Weigher:
             engine.id,
             self.ledger.charge_of(engine.id),
             idle_s=now - engine.idle_since,
-            uses=engine.uses_at(now),
+            uses=engine.habit.uses_at(now),
             reload_s=reload_s,
         )
 
