@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final
+
+from xandrouting.telemetry.reader import Reader
 
 TOPICS: Final = frozenset(("model", "request", "download", "gauge", "notice", "log"))
 UNASKED: Final = TOPICS - {"log"}  # what a subscriber gets that names no topics
@@ -118,40 +119,20 @@ class EventBus:
         return f"{self.epoch}-{number}"
 
 
-class Subscription:
-    """One subscriber's events, by `async for` in one task. Leaving the context ends it.
-
-    The iteration may be cancelled at any time, by a timeout too: no event is lost with it.
+class Subscription(Reader[Event]):
+    """One subscriber's events.
 
     Who reads too slowly, with `QUEUE_EVENTS` behind, loses the oldest gauges and logs first.
     With none of those left it loses all it has not read, and its next event is a `snapshot`.
     """
 
     def __init__(self, bus: EventBus, topics: frozenset[str], first: Iterable[Event]) -> None:
+        super().__init__()
         self._bus = bus
         self._topics = topics
         self._first = deque(first)  # before the queue, and not of its size: it is known to end
         self._queue: deque[Event] = deque()
         self._behind = False  # nothing is queued, because the snapshot to come will hold it
-        self._ended = False
-        self._news = asyncio.Event()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Event:
-        while (event := self._next()) is None:
-            if self._ended:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        return event
 
     def close(self) -> None:
         """End the iteration at once, whatever is still unread."""

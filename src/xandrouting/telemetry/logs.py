@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Self
+from typing import Final
 
 from xandrouting.core.model import EngineId
+from xandrouting.telemetry.reader import Reader
 
 RING_LINES: Final = 5000
 QUEUE_LINES: Final = 1000
@@ -132,36 +133,18 @@ class LogBook:
         self._on_line(line)
 
 
-class LogSubscription:
-    """One subscriber's lines, by `async for` in one task. Leaving the context ends it.
+class LogSubscription(Reader[LogLine]):
+    """One subscriber's lines.
 
     Who reads too slowly, with `QUEUE_LINES` behind, loses the oldest; nobody waits for it.
     """
 
     def __init__(self, book: LogBook, wanted: LogFilter, first: Iterable[LogLine]) -> None:
+        super().__init__()
         self._book = book
         self._wanted = wanted
         self._first = deque(first)  # before the queue, and not of its size: it is known to end
         self._queue: deque[LogLine] = deque(maxlen=QUEUE_LINES)
-        self._ended = False
-        self._news = asyncio.Event()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> LogLine:
-        while not self._first and not self._queue:
-            if self._ended:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        return self._first.popleft() if self._first else self._queue.popleft()
 
     def close(self) -> None:
         """End the iteration at once, whatever is still unread."""
@@ -180,6 +163,10 @@ class LogSubscription:
         """Take no more lines."""
         self._ended = True
         self._news.set()
+
+    def _next(self) -> LogLine | None:
+        waiting = self._first or self._queue
+        return waiting.popleft() if waiting else None
 
 
 class _Handler(logging.Handler):
