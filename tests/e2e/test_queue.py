@@ -342,7 +342,8 @@ def test_two_clients_on_one_place_do_not_take_turns_with_every_request(serve_own
         of_a, of_b = results([pool.submit(loop, model) for model in (A, B)])
     lasted = time.monotonic() - began
     assert {answer.status_code for answer in (*of_a, *of_b)} == {200}
-    assert 2 <= server.starts() <= lasted / 2 + 2
+    # Two more at the start, when neither model is known for being asked again at once.
+    assert 2 <= server.starts() <= lasted / 2 + 4
     for answers in (of_a, of_b):
         hits = sum(a.headers["x-xandrouting-load"] == "hit" for a in answers)
         assert hits > len(answers) / 2

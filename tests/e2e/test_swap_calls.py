@@ -224,6 +224,7 @@ def test_upstream_survives_the_end_of_its_engine(server: Server) -> None:
     server.load()
     [process] = server.engines()
     process.kill()
+    wait_for(lambda: is_gone(process))  # before, its socket may still take a connection
     assert ok(server.get(f"/upstream/{SHORT}/health")) == {"status": "ok"}
 
 

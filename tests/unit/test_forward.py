@@ -128,7 +128,8 @@ async def forward(
             name="The engine of qwen",
             explain=more.get("explain", no_words),
         )
-        await relay(response, answer, name="The engine of qwen")
+        on_whole = more.get("on_whole", lambda: None)
+        await relay(response, answer, name="The engine of qwen", on_whole=on_whole)
     finally:
         assert upstream.wire.finished == (upstream.error is None)
         assert [m.get("more_body", True) for m in got.messages[:-1]] == [True] * len(
@@ -257,6 +258,18 @@ async def test_an_engine_that_does_not_end_after_done_is_waited_for_a_while(
     await forward(Upstream(b"data: [DONE]\n\n", *rest), got)
     assert got.pieces == [b"data: [DONE]\n\n"]
     assert asyncio.get_running_loop().time() == pytest.approx(lasts_s)
+
+
+@virtual_time
+async def test_who_holds_the_lease_learns_that_the_client_has_its_answer() -> None:
+    """The client may ask for another model at once, however late the engine ends its answer."""
+    got, whole = Got(), []
+    await forward(
+        Upstream(b"data: a\n\n", (1.0, b"data: [DONE]\n\n"), (0.5, END)),
+        got,
+        on_whole=lambda: whole.append((asyncio.get_running_loop().time(), got.ended)),
+    )
+    assert whole == [(1.0, True)]
 
 
 @virtual_time

@@ -3,7 +3,7 @@
 Who came while an engine was in use lets it be used for `min_residency_s`, or until nobody asks
 it for `LINGER_S`, if it was asked for again so soon the last time: two models that share one
 place do not swap with every request, and one that was asked a single thing keeps nobody waiting.
-Who came after it went idle, or just before, does not wait. And who has waited `fair_wait_s` for
+Who came after it went idle does not wait. And who has waited `fair_wait_s` for
 engines that are never idle has the fewest of them drained that will do.
 """
 
@@ -20,7 +20,6 @@ from xandrouting.core.queue import Waiter
 from xandrouting.core.weigher import Weigher
 
 LINGER_S: Final = 1.0  # a client that asks in a loop is back sooner
-SLACK_S: Final = 0.25  # a client has its answer, and asks for more, before its lease has ended
 
 
 class Turns:
@@ -36,7 +35,7 @@ class Turns:
         since, ready_at = engine.idle_since, engine.ready_at
         assert since is not None
         assert ready_at is not None
-        if engine.sleeps or engine.granted_at is None or arrived_at + SLACK_S >= since:
+        if engine.sleeps or engine.granted_at is None or arrived_at >= since:
             return since
         if not engine.habit.comes_back_within(LINGER_S):
             return since

@@ -270,7 +270,8 @@ class EngineCall(ABC):
                 else lambda status, error: engine.adapter.explain(status, error, path),
             )
             self._body = b""
-            await relay(response, self._answer, name=name)
+            # A client may ask for another model as soon as it has its answer.
+            await relay(response, self._answer, name=name, on_whole=claim.release)
         finally:
             claim.release()
 

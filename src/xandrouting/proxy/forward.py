@@ -99,22 +99,27 @@ async def ask(
         response.close()
 
 
-async def relay(response: Response, answer: Answer, *, name: str) -> None:
+async def relay(
+    response: Response, answer: Answer, *, name: str, on_whole: Callable[[], None]
+) -> None:
     """Send the engine's answer on to the client, and close it however this ends.
+
+    `on_whole` is called when the client has all of an event stream, whose end the engine has
+    still to tell: the client may ask for something else already.
 
     Raises:
         EngineError: the engine broke off, before or after `answer` started; the caller
             tells the client.
     """
     try:
-        await _relay(response, answer)
+        await _relay(response, answer, on_whole)
     except UpstreamError as error:
         raise _died(name) from error
     finally:
         response.close()
 
 
-async def _relay(response: Response, answer: Answer) -> None:
+async def _relay(response: Response, answer: Answer, on_whole: Callable[[], None]) -> None:
     """Send the answer on, events whole and each as soon as it is there."""
     kind = response.header(b"content-type") or b""
     events = kind.startswith(EVENT_STREAM)
@@ -131,6 +136,7 @@ async def _relay(response: Response, answer: Answer) -> None:
             data, held = split_events(held + data if held else data)
             if data.endswith(DONE):
                 await answer.body(data, last=True)
+                on_whole()
                 await _finish(response)
                 return
         if data:
