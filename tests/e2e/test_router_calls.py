@@ -303,7 +303,7 @@ def test_autoload_off_for_one_request(server: Server) -> None:
 def test_autoload_off_waits_for_a_load_that_is_under_way(server: Server) -> None:
     with together(1) as pool, held_load(server):
         asked = pool.submit(server.post, "/v1/chat/completions?autoload=false", chat_body())
-        time.sleep(0.2)
+        wait_for(lambda: server.stats()["queued_requests"] == 2)  # with the one that loads it
         assert not asked.done()
     assert text_of(asked.result(20))
 

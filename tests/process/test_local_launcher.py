@@ -484,14 +484,14 @@ async def test_a_spare_is_for_its_own_program_and_environment(launcher: LocalLau
     assert (await ordered(launcher)).pid == process.pid
 
 
-async def test_a_spare_s_words_are_nobody_s_until_it_is_an_engine(tmp_path: Path) -> None:
+async def test_a_spare_s_words_are_nobody_s_until_it_is_an_engine() -> None:
     heard: list[tuple[EngineId, str]] = []
     launcher = LocalLauncher(hear=lambda engine, line: heard.append((engine, line)))
-    script = f"echo early; touch {tmp_path}/said; read order; echo $order; exec sleep 60"
+    script = "echo early; read order; echo $order; exec sleep 60"
     plan = ordered_plan(argv=("sh", "-c", script), order="late", ready_line="late")
     await launcher.prepare(plan)
-    await async_wait_for((tmp_path / "said").exists)
-    await asyncio.sleep(0.05)  # what it said is in the pipe, and is read with the next turn
+    [spare] = launcher._spares.values()
+    await async_wait_for(lambda: "early" in spare.tail())
     handle = await launcher.start(ENGINE, plan)
     await soon(handle.ready_line())
     assert heard == [(ENGINE, "late")]
