@@ -242,7 +242,7 @@ class EngineCall(ABC):
             await self._exchange(asked)
 
     async def _exchange(self, asked: Exchange) -> None:
-        """Hold a lease for as long as the engine's answer lasts."""
+        """Hold a lease until the client has the engine's answer."""
         api, path, route = self._api, self._scope["path"], asked.route
         claim = api.pool.claim(
             route.spec,
