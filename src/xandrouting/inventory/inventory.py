@@ -97,6 +97,10 @@ class Inventory:
 def _remedy(problem: str) -> str:
     if "git-lfs" in problem:
         return "Fetch it with `git lfs pull`, or download it again."
+    if "tokenizer" in problem or "config.json is missing" in problem:
+        return "vLLM needs all of the model's repository: download the rest into the same folder."
+    if "symlink" in problem:
+        return "Put the file itself where the symlink is."
     if "parts missing" in problem:
         return "Download the missing parts into the same folder."
     if "unreadable" in problem:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from xandrouting.inventory.gguf import GgufHeader
 from xandrouting.inventory.quantization import quantization_in_name
+from xandrouting.inventory.safetensors import SafetensorsModel
 
 VIRTUAL_ROOT: Final = "/models"
 MAX_NAME_LENGTH: Final = 1024
@@ -19,6 +21,40 @@ _PART: Final = re.compile(
 )
 # A backslash, control characters, and what bytes that are no UTF-8 become.
 _UNNAMEABLE: Final = re.compile("[\\\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class ModelFormat(StrEnum):
+    """How a model lies on disk: one file, split or not, or a folder."""
+
+    GGUF = "gguf"
+    SAFETENSORS = "safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class FolderModel:
+    """What a folder of safetensors holds besides the shape of its weights."""
+
+    shape: SafetensorsModel
+    chat_template: str  # empty: it says none
+    pooling: bool  # it says how to pool: a model made for embeddings or ranking
+    vision: bool  # it says how to prepare images or sound
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What there is to tell of a model, whatever its format. None: it does not say."""
+
+    name: str | None = None
+    architecture: str | None = None
+    parameters: int | None = None
+    context_length: int | None = None
+    layers: int | None = None
+    heads: int | tuple[int, ...] | None = None
+    embedding_length: int | None = None
+    vocab_size: int | None = None
+    chat_template: bool = False
+    pooling: bool = False  # it is made for embeddings or ranking
+    vision: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +70,9 @@ class ModelPart:
 class ModelFile:
     """One loadable thing under the root, or one that would be if it were whole."""
 
-    id: str  # `/models/…`, the real file; of a split model the first part
+    id: str  # `/models/…`, the real file or folder; of a split model the first part
     path: Path  # the same on this machine
-    folder: str  # relative to the root; "" is the root
+    folder: str  # relative to the root; "" is the root; of a folder of safetensors itself
     files: tuple[ModelPart, ...]
     size_bytes: int  # all parts together
     header: GgufHeader | None
@@ -46,6 +82,8 @@ class ModelFile:
     mmproj: Path | None = None  # the projector that gives it eyes
     mmproj_bytes: int = 0
     spellings: tuple[str, ...] = ()  # symlinks inside the root, relative to it
+    format: ModelFormat = ModelFormat.GGUF
+    safetensors: FolderModel | None = None
 
     @property
     def relative(self) -> str:
@@ -58,11 +96,54 @@ class ModelFile:
         return stem_of(self.relative)
 
     @property
+    def traits(self) -> Traits:
+        """What its header or its config says."""
+        if self.safetensors is not None:
+            return _traits_of_folder(self.safetensors)
+        return _traits_of_header(self.header, vision=self.mmproj is not None)
+
+    @property
     def quantization(self) -> str | None:
         """What the tensors are; where no header tells, what the name says."""
         if self.header is not None:
             return self.header.quantization
+        if self.safetensors is not None:
+            return self.safetensors.shape.quantization
         return quantization_in_name(self.stem)
+
+
+def _traits_of_header(header: GgufHeader | None, *, vision: bool) -> Traits:
+    if header is None:
+        return Traits(vision=vision)
+    return Traits(
+        name=header.name,
+        architecture=header.architecture,
+        parameters=header.parameters,
+        context_length=header.context_length,
+        layers=header.block_count,
+        heads=header.head_count,
+        embedding_length=header.embedding_length,
+        vocab_size=header.vocab_size,
+        chat_template=header.chat_template is not None,
+        pooling=bool(header.pooling_type),
+        vision=vision,
+    )
+
+
+def _traits_of_folder(model: FolderModel) -> Traits:
+    shape = model.shape
+    return Traits(
+        architecture=shape.architectures[0] if shape.architectures else None,
+        parameters=shape.parameters,
+        context_length=shape.max_position_embeddings,
+        layers=shape.num_hidden_layers,
+        heads=shape.num_attention_heads,
+        embedding_length=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        chat_template=bool(model.chat_template),
+        pooling=model.pooling,
+        vision=model.vision,
+    )
 
 
 @dataclass(frozen=True, slots=True)

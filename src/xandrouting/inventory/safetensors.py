@@ -31,6 +31,15 @@ _SINGLE: Final = "model.safetensors"
 _CONFIG: Final = "config.json"
 # Where a model that sees or hears keeps the shape of its language half.
 _NESTED: Final = ("text_config", "llm_config", "language_config")
+_CONTEXT_LENGTHS: Final = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
 # Layers that keep a state of fixed size and no keys and values.
 _STATE_LAYERS: Final = frozenset({"linear_attention", "mamba", "conv", "recurrent"})
 _DTYPE_BITS: Final = {
@@ -66,6 +75,7 @@ class SafetensorsModel:
     file_size: int  # all shards together
     architectures: tuple[str, ...]
     dtype: str | None  # what the config says the weights are, `bfloat16`
+    quantization_method: str | None  # `awq`, `gptq`, `fp8`, …
     num_hidden_layers: int | None
     hidden_size: int | None
     intermediate_size: int | None  # where layers differ, the largest
@@ -79,6 +89,11 @@ class SafetensorsModel:
     layer_types: tuple[str, ...]  # one per layer, or none
     sliding_pattern: int | None  # without layer_types: every n-th layer keeps all tokens
     first_sliding_layer: int  # without both: the layers before it keep all tokens
+
+    @property
+    def quantization(self) -> str:
+        """How the weights are quantized, else the type that most of them are stored as."""
+        return (self.quantization_method or self.type_bytes[0][0]).upper()
 
     @property
     def kv_values(self) -> int | None:
@@ -312,6 +327,13 @@ _SIGNED_JSON: Final = msgspec.json.Decoder(int | bool | None)
 _PATTERN_JSON: Final = msgspec.json.Decoder(_Count | str | None)
 _FLAG_JSON: Final = msgspec.json.Decoder(bool | None)
 _TEXT_JSON: Final = msgspec.json.Decoder(str | None)
+
+
+class _Quantization(msgspec.Struct):
+    quant_method: str | None = None
+
+
+_QUANTIZATION_JSON: Final = msgspec.json.Decoder(_Quantization | None)
 _TEXTS_JSON: Final = msgspec.json.Decoder(
     Annotated[list[str], msgspec.Meta(max_length=_MAX_LAYERS)] | None
 )
@@ -353,6 +375,7 @@ def _model(
     for part in parts:
         type_bytes.update(part.type_bytes)
     layers = count("num_hidden_layers", "n_layer", "num_layers")
+    quantized = value(_QUANTIZATION_JSON, "quantization_config")
     rank, rope = count("kv_lora_rank"), count("qk_rope_head_dim")
     return SafetensorsModel(
         shards=names,
@@ -362,6 +385,7 @@ def _model(
         file_size=sum(part.file_size for part in parts),
         architectures=tuple(value(_TEXTS_JSON, "architectures") or ()),
         dtype=value(_TEXT_JSON, "dtype", "torch_dtype"),
+        quantization_method=None if quantized is None else quantized.quant_method,
         num_hidden_layers=layers,
         hidden_size=count("hidden_size", "n_embd", "d_model"),
         intermediate_size=largest("intermediate_size", "n_inner", "ffn_hidden_size"),
@@ -371,7 +395,7 @@ def _model(
         ),
         head_dim=count("head_dim"),
         kv_latent_dim=None if rank is None else rank + (rope or 0),
-        max_position_embeddings=count("max_position_embeddings", "n_positions", "seq_length"),
+        max_position_embeddings=count(*_CONTEXT_LENGTHS),
         vocab_size=count("vocab_size", "padded_vocab_size"),
         sliding_window=_window(
             value(_SIGNED_JSON, "sliding_window"), used=value(_FLAG_JSON, "use_sliding_window")

@@ -2,9 +2,6 @@
 
 Only real folders are walked, so a loop of symlinks cannot hold the scan up; a symlink is
 another spelling of what it leads to. What a symlink leads to outside the root is never opened.
-
-A loadable thing of another format (a safetensors folder) will be one more `ModelFile` that
-`scan` adds to those of `_candidates`.
 """
 
 from __future__ import annotations
@@ -18,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from xandrouting.inventory import folders
+from xandrouting.inventory.folders import FolderCache
 from xandrouting.inventory.gguf import (
     GgufHeader,
     InvalidGguf,
@@ -28,6 +27,7 @@ from xandrouting.inventory.gguf import (
 from xandrouting.inventory.model_file import (
     VIRTUAL_ROOT,
     ModelFile,
+    ModelFormat,
     ModelPart,
     Snapshot,
     is_gguf,
@@ -51,6 +51,7 @@ class HeaderCache:
     """Headers read before, for as long as their files stay the same."""
 
     def __init__(self) -> None:
+        self.folders = FolderCache()
         self._known: dict[str, tuple[tuple[int, ...], Header]] = {}
 
     def read(self, path: str, status: os.stat_result) -> Header:
@@ -92,6 +93,7 @@ def scan(root: Path, cache: HeaderCache) -> Snapshot:
         for relative, status in tree.files.items()
     }
     cache.keep_only({f"{base}/{relative}" for relative in headers})
+    cache.folders.keep_only(frozenset(tree.models))
     projectors = {name for name, header in headers.items() if _is_projector(name, header)}
     candidates = _candidates(
         {name: status for name, status in tree.files.items() if name not in projectors}
@@ -103,6 +105,10 @@ def scan(root: Path, cache: HeaderCache) -> Snapshot:
         if isinstance(headers[name], GgufHeader)
     }
     models = with_projectors(base, models, sizes)
+    for relative in tree.models:
+        folder = folders.look(base, relative)
+        if folder is not None:
+            models.append(folders.model_of(base, folder, cache.folders))
     spellings = tree.spellings()
     models = [
         replace(model, spellings=tuple(sorted(spellings[model.relative])))
@@ -119,6 +125,8 @@ def recheck(root: Path, model: ModelFile, cache: HeaderCache) -> ModelFile | Non
     It blocks. A file that a symlink has replaced is gone: where it leads is not looked at.
     """
     base = os.path.realpath(root).rstrip("/")
+    if model.format is ModelFormat.SAFETENSORS:
+        return _recheck_folder(base, model, cache)
     files = {
         relative: status
         for relative in part_names(model.relative)
@@ -137,11 +145,20 @@ def recheck(root: Path, model: ModelFile, cache: HeaderCache) -> ModelFile | Non
     )
 
 
+def _recheck_folder(base: str, model: ModelFile, cache: HeaderCache) -> ModelFile | None:
+    path = f"{base}/{model.relative}"
+    folder = folders.look(base, model.relative) if os.path.realpath(path) == path else None
+    if folder is None:
+        return None
+    return replace(folders.model_of(base, folder, cache.folders), spellings=model.spellings)
+
+
 @dataclass(slots=True)
 class _Tree:
     """What lies under the root; all paths are relative to it."""
 
     folders: set[str] = field(default_factory=set)
+    models: set[str] = field(default_factory=set)  # folders of safetensors
     files: dict[str, os.stat_result] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)  # to where they really lead
     escaping: set[str] = field(default_factory=set)
@@ -149,9 +166,9 @@ class _Tree:
     def spellings(self) -> Mapping[str, set[str]]:
         found: dict[str, set[str]] = defaultdict(set)
         for link, target in self.links.items():
-            if target in self.files:
+            if target in self.files or target in self.models:
                 found[target].add(link)
-        for spelling, below in self._through_folder_links([*self.files, *self.links]):
+        for spelling, below in self._through_folder_links([*self.files, *self.models, *self.links]):
             found[self.links.get(below, below)].add(spelling)
         return found
 
@@ -175,7 +192,10 @@ def _walk(base: str) -> _Tree:
     while pending:
         folder = pending.pop()
         tree.folders.add(folder)
-        for entry in _entries(base, folder):
+        entries = _entries(base, folder)
+        if folder and folders.holds_weights([entry.name for entry in entries]):
+            tree.models.add(folder)
+        for entry in entries:
             relative = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_symlink():
                 _add_link(tree, base, relative)

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from xandrouting.core.errors import BackendUnavailable, DeviceUnavailable
+from xandrouting.core.errors import (
+    BackendUnavailable,
+    DeviceUnavailable,
+    EngineNotInstalled,
+    InvalidRequest,
+)
 from xandrouting.core.model import (
     Backend,
     Cost,
@@ -18,14 +23,34 @@ from xandrouting.core.model import (
     ModelKey,
     Placement,
 )
-from xandrouting.engines.base import EngineAdapter, ModelFacts, StateFacts
-from xandrouting.inventory.gguf import GgufHeader
-from xandrouting.inventory.model_file import ModelFile, Snapshot
+from xandrouting.engines.base import EngineAdapter, ModelFacts
+from xandrouting.engines.upstream import backend_of
+from xandrouting.inventory.folders import WEIGHTS
+from xandrouting.inventory.model_file import ModelFile, ModelFormat, Snapshot, shown
 from xandrouting.proxy.request import Routing
+from xandrouting.routing.facts import facts_of
 from xandrouting.routing.names import ModelNames
+from xandrouting.upstreams.upstreams import split_name
 
 REMOTE: Final = "remote"
 MAX_ROUTES: Final = 1000  # remembered answers; clients repeat themselves
+
+NAMES: Final = {
+    Backend.LLAMACPP: "llama.cpp",
+    Backend.VLLM: "vLLM",
+    Backend.TRANSFORMERS: "vLLM",
+    Backend.OLLAMA: "Ollama",
+}
+SERVED_BY: Final = {ModelFormat.GGUF: Backend.LLAMACPP, ModelFormat.SAFETENSORS: Backend.VLLM}
+_SERVES: Final = {
+    Backend.LLAMACPP: ModelFormat.GGUF,
+    Backend.VLLM: ModelFormat.SAFETENSORS,
+    Backend.TRANSFORMERS: ModelFormat.SAFETENSORS,
+}
+_FORMATS: Final = {
+    ModelFormat.GGUF: "GGUF files",
+    ModelFormat.SAFETENSORS: "folders of safetensors",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +58,8 @@ class Route:
     """Where a request goes.
 
     `asked_model` is the name the engine knows the model by. `file` is None for an
-    upstream. `device_fallback` is the device the client asked for and did not get.
+    upstream. `device_fallback` is the device the client asked for and did not get. `chosen_by`
+    is what the server chose the backend by; empty: the client named it.
     """
 
     spec: EngineSpec
@@ -41,20 +67,34 @@ class Route:
     ttl_s: float | None
     file: ModelFile | None = None
     device_fallback: str | None = None
+    chosen_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """What engines can run on here, besides the processor."""
+    """What engines can run on here, besides the processor: how many cards."""
 
-    cuda: int = 0  # how many cards
+    cuda: int = 0  # that llama.cpp can use
+    vllm_cuda: int = 0  # that vLLM can
+
+    def cards(self, backend: Backend) -> int:
+        """Return how many cards engines of this backend can use."""
+        return self.cuda if backend is Backend.LLAMACPP else self.vllm_cuda
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """Why a backend cannot serve here, and the command that mends it, if one does."""
+
+    reason: str
+    command: str | None = None
 
 
 class Catalog:
     """Settings, inventory and adapters, asked together.
 
-    `snapshot` returns the last scan. `upstreams` are addresses by name. `unavailable` says
-    for each backend that cannot serve here why not. `versions` are the engines', which what
+    `snapshot` returns the last scan. `upstreams` are addresses by name. `unavailable` has
+    each backend that cannot serve here. `versions` are the engines', which what
     is learned of a model holds for.
     """
 
@@ -64,7 +104,7 @@ class Catalog:
         adapters: Mapping[Backend, EngineAdapter],
         *,
         upstreams: Mapping[str, str],
-        unavailable: Mapping[Backend, str],
+        unavailable: Mapping[Backend, Lack],
         devices: Devices,
         device_fallback: bool,
         versions: Mapping[Backend, str] | None = None,
@@ -93,6 +133,7 @@ class Catalog:
             fields.device,
             fields.gpu_memory_utilization,
             fields.max_model_len,
+            fields.tensor_parallel_size,
             fields.n_gpu_layers,
             fields.n_ctx,
             fields.n_parallel,
@@ -110,62 +151,87 @@ class Catalog:
         return route
 
     def _local_route(self, fields: Routing, names: ModelNames, embeddings: bool) -> Route:
-        file = names.resolve(fields.model)
-        backend = self._backend(fields.backend or "auto", file)
-        device, fallback = self._device(fields.device or "auto")
+        file, backend = self._choice(fields, names)
+        device, fallback = self._device(fields.device or "auto", backend)
         adapter = self._adapters[backend]
         facts = facts_of(file)
-        wants = LoadOptions(
+        asked = LoadOptions(
             n_ctx=fields.n_ctx,
             n_gpu_layers=fields.n_gpu_layers,
             n_parallel=fields.n_parallel,
             gpu_memory_utilization=fields.gpu_memory_utilization,
             max_model_len=fields.max_model_len,
+            tensor_parallel_size=fields.tensor_parallel_size,
             embeddings=embeddings or None,
             cache_type_k=fields.cache_type_k,
             cache_type_v=fields.cache_type_v,
         )
+        wants = adapter.settle(asked, facts, device)
+        chosen = fields.backend in (None, "auto")
         spec = EngineSpec(
             ModelKey(file.id, backend, device),
             source=str(file.path),
-            wants=adapter.settle(wants, facts, device),
+            wants=wants,
             defaults=adapter.defaults(facts, device),
             cost=adapter.cost(facts, device),
-            placements=self._placements(device),
+            placements=self._placements(device, wants, facts, adapter),
             revision=file.revision,
             learned_as=self._learned_as(file, backend),
             mmproj=None if file.mmproj is None else str(file.mmproj),
             files=tuple(str(path) for path in _read_by_a_load(file)),
+            flags=adapter.flags(facts),
             sleeper_bytes=adapter.sleeper_bytes,
-            siblings=self._siblings(file, names, adapter, device),
+            sleep_levels=() if adapter.sleep is None else adapter.sleep.levels_on(device),
+            siblings=self._siblings(file, names, device),
+            chosen=_why(file.format, backend) if chosen else "",
         )
-        return Route(spec, file.id, fields.ttl, file, fallback)
+        by = str(file.format) if chosen else ""
+        return Route(spec, file.id, fields.ttl, file, fallback, by)
 
-    def _placements(self, device: str) -> tuple[Placement, ...]:
-        """Return the cards an engine may use: one alone, or where one is too small all of them."""
+    def _placements(
+        self, device: str, wants: LoadOptions, facts: ModelFacts, adapter: EngineAdapter
+    ) -> tuple[Placement, ...]:
+        """Return the cards an engine may use: as few as will do, neighbours where several."""
+        shared_by = wants.tensor_parallel_size
         if device == "cpu":
             return ((),)
         if device != "cuda":
+            if shared_by not in (None, 1):
+                raise InvalidRequest(
+                    f"tensor_parallel_size {shared_by} needs as many cards: ask for the device "
+                    f"cuda instead of {device}.",
+                    param="tensor_parallel_size",
+                )
             return ((device,),)
-        cards = tuple(f"cuda:{number}" for number in range(self._devices.cuda))
-        alone = tuple((card,) for card in cards)
-        return (*alone, cards) if len(cards) > 1 else alone
+        count = self._devices.cards(adapter.backend)
+        sizes = adapter.shares(facts, count)
+        if shared_by is not None and shared_by not in sizes:
+            raise InvalidRequest(
+                f"tensor_parallel_size {shared_by} cannot be had for this model on {count} cards. "
+                f"It may be {', '.join(map(str, sizes))}.",
+                param="tensor_parallel_size",
+            )
+        cards = [f"cuda:{number}" for number in range(count)]
+        return tuple(
+            tuple(cards[first : first + size])
+            for size in (sizes if shared_by is None else (shared_by,))
+            for first in range(count - size + 1)
+        )
 
     def _learned_as(self, file: ModelFile, backend: Backend) -> str:
         eyes = "" if file.mmproj is None else file.mmproj.name
         return "|".join((file.revision, eyes, backend, self._versions.get(backend, "")))
 
     def _siblings(
-        self, file: ModelFile, names: ModelNames, adapter: EngineAdapter, device: str
+        self, file: ModelFile, names: ModelNames, device: str
     ) -> tuple[tuple[str, Cost], ...]:
-        """Return the smaller quantizations of the same model, the largest first."""
-        smaller = [
-            other
-            for other in names.quantizations(file)
-            if other.problem is None and other.size_bytes < file.size_bytes
-        ]
-        smaller.sort(key=lambda other: -other.size_bytes)
-        return tuple((other.id, adapter.cost(facts_of(other), device)) for other in smaller)
+        """Return smaller GGUF files of the same model, the largest first."""
+        adapter = self._adapters[Backend.LLAMACPP]
+        return tuple(
+            (other.id, adapter.cost(facts_of(other), device))
+            for other in _ggufs_of(file, names)
+            if other.size_bytes < file.size_bytes
+        )
 
     def devices_meant(self, asked: str | None) -> frozenset[str] | None:
         """Return the devices an unload by `asked` means; None: any.
@@ -174,7 +240,8 @@ class Catalog:
         """
         if asked is None or asked == "auto":
             return None
-        return frozenset((asked, self._device(asked)[0]))
+        served = self._adapters.keys() - self._unavailable.keys()
+        return frozenset((asked, *(self._device(asked, backend)[0] for backend in served)))
 
     def names(self) -> ModelNames:
         """Return the names of the last scan's models."""
@@ -186,32 +253,58 @@ class Catalog:
         return self._names
 
     def _upstream_route(self, fields: Routing) -> Route | None:
-        model = fields.model
-        if fields.backend == "ollama" and not model.startswith("ollama/"):
-            model = f"ollama/{model}"
-        name, slash, rest = model.partition("/")
-        url = self._upstreams.get(name)
-        if url is None or not slash or not rest:
+        split = split_name(fields.model, fields.backend, self._upstreams)
+        if split is None:
             return None
-        key = ModelKey(name, Backend.UPSTREAM, REMOTE)
-        return Route(EngineSpec(key, url, cost=FixedCost(Footprint(engines=0))), rest, ttl_s=0)
+        name, rest = split
+        key = ModelKey(name, backend_of(name), REMOTE)
+        cost = FixedCost(Footprint(engines=0))
+        return Route(EngineSpec(key, self._upstreams[name], cost=cost), rest, ttl_s=0)
 
-    def _backend(self, asked: str, file: ModelFile) -> Backend:
-        backend = Backend.LLAMACPP if asked == "auto" else Backend(asked)
-        reason = self._unavailable.get(backend)
-        if reason is None and backend is not Backend.LLAMACPP:
-            reason = "it does not serve GGUF files"
-        if reason is not None:
-            raise BackendUnavailable(
-                f"The backend {backend} cannot serve {file.id}: {reason}. "
-                "Leave `backend` out to let the server choose.",
+    def _choice(self, fields: Routing, names: ModelNames) -> tuple[ModelFile, Backend]:
+        """Return which model is meant, and who serves it."""
+        asked = fields.backend or "auto"
+        if asked == "auto":
+            here = Backend.VLLM not in self._unavailable
+            prefers = ModelFormat.SAFETENSORS if here else ModelFormat.GGUF
+            file = names.resolve(fields.model, prefers=prefers)
+            backend = SERVED_BY[file.format]
+        else:
+            backend = Backend(asked)
+            file = names.resolve(fields.model, prefers=_SERVES.get(backend))
+            if file.format is not _SERVES.get(backend):
+                raise self._wrong_format(file, backend, names)
+        lack = self._unavailable.get(backend)
+        if lack is not None and file.problem is None:  # a damaged one is told of as such
+            command = f" Install it with `{lack.command}`." if lack.command else ""
+            raise EngineNotInstalled(
+                f"'{shown(file.id)}' needs {NAMES[backend]}, which cannot be used here: "
+                f"{lack.reason}.{command}{self._instead(file, names)}",
                 param="backend",
             )
-        return backend
+        return file, backend
 
-    def _device(self, asked: str) -> tuple[str, str | None]:
+    def _wrong_format(
+        self, file: ModelFile, backend: Backend, names: ModelNames
+    ) -> BackendUnavailable:
+        right = SERVED_BY[file.format]
+        return BackendUnavailable(
+            f"The backend {backend} does not serve {_FORMATS[file.format]} such as "
+            f"'{shown(file.id)}': ask with the backend {right}, or leave `backend` out."
+            + (self._instead(file, names) if backend is Backend.LLAMACPP else ""),
+            param="backend",
+        )
+
+    def _instead(self, file: ModelFile, names: ModelNames) -> str:
+        """Name a GGUF of the same model that could be asked for."""
+        ggufs = _ggufs_of(file, names)
+        if file.format is ModelFormat.GGUF or not ggufs:
+            return ""
+        return f" Or ask for '{shown(ggufs[0].id)}', a GGUF of the same model."
+
+    def _device(self, asked: str, backend: Backend) -> tuple[str, str | None]:
         """Return the device to use, and the one asked for if that is another."""
-        cards = self._devices.cuda
+        cards = self._devices.cards(backend)
         if asked == "auto":
             return ("cuda" if cards else "cpu"), None
         if asked == "cpu" or (asked == "cuda" and cards):
@@ -228,65 +321,23 @@ class Catalog:
         )
 
 
+def _why(found: ModelFormat, backend: Backend) -> str:
+    return f"backend {backend}: it serves {_FORMATS[found]}"
+
+
+def _ggufs_of(file: ModelFile, names: ModelNames) -> list[ModelFile]:
+    """Return the other whole GGUF files of a model, the largest first."""
+    found = [
+        other
+        for other in names.quantizations(file)
+        if other.format is ModelFormat.GGUF and other.problem is None
+    ]
+    return sorted(found, key=lambda other: -other.size_bytes)
+
+
 def _read_by_a_load(file: ModelFile) -> Iterator[Path]:
-    yield from (part.path for part in file.files)
+    for part in file.files:
+        if file.format is ModelFormat.GGUF or part.path.suffix == WEIGHTS:
+            yield part.path
     if file.mmproj is not None:
         yield file.mmproj
-
-
-def facts_of(file: ModelFile) -> ModelFacts:
-    """Return what an adapter may know of a model file."""
-    header = file.header
-    if header is None:
-        return ModelFacts(file.size_bytes)
-    return ModelFacts(
-        file.size_bytes,
-        context_length=header.context_length,
-        layers=header.block_count,
-        pooling=bool(header.pooling_type),
-        architecture=header.architecture,
-        embedding_length=header.embedding_length,
-        feed_forward=_feed_forward(header),
-        vocab_size=header.vocab_size,
-        head_count=header.head_count,
-        head_count_kv=header.head_count_kv,
-        key_length=header.key_length,
-        value_length=header.value_length,
-        key_length_swa=header.key_length_swa,
-        value_length_swa=header.value_length_swa,
-        keys_only=header.key_length_mla is not None,
-        sliding_window=header.sliding_window,
-        sliding_pattern=header.sliding_window_pattern,
-        state=_state(header),
-        recurrent_pattern=header.recurrent_layers,
-        uncached_layers=(header.shared_kv_layers or 0) + (header.nextn_predict_layers or 0),
-        tensor_bytes=header.tensor_bytes,
-        type_bytes=header.type_bytes,
-        block_bytes=header.block_bytes,
-        embedding_bytes=header.embedding_bytes,
-        embedding_type=header.embedding_type,
-        output_bytes=header.output_bytes,
-        mmproj_bytes=file.mmproj_bytes,
-    )
-
-
-def _feed_forward(header: GgufHeader) -> int:
-    """Return how wide the layers are that work on one token, the widest of all."""
-    expert = _widest(header.expert_feed_forward_length) * _widest(header.expert_used_count)
-    shared = header.expert_shared_feed_forward_length or 0
-    return max(_widest(header.feed_forward_length), expert + shared)
-
-
-def _widest(number: int | tuple[int, ...] | None) -> int:
-    return max(number, default=0) if isinstance(number, tuple) else number or 0
-
-
-def _state(header: GgufHeader) -> StateFacts | None:
-    if not header.ssm_state_size or not header.ssm_inner_size:
-        return None
-    return StateFacts(
-        conv_kernel=header.ssm_conv_kernel or 0,
-        inner_size=header.ssm_inner_size,
-        state_size=header.ssm_state_size,
-        group_count=header.ssm_group_count or 0,
-    )

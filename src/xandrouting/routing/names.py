@@ -18,6 +18,7 @@ from xandrouting.inventory.model_file import (
     MAX_NAME_LENGTH,
     VIRTUAL_ROOT,
     ModelFile,
+    ModelFormat,
     is_nameable,
     shown,
     stem_of,
@@ -64,15 +65,24 @@ class ModelNames:
         self._models = tuple(models)
         self._escaping = escaping
         self._paths: dict[str, ModelFile] = {}
+        self._shards: dict[str, ModelFile] = {}  # files of folders that are models
         self._folders: _Index = defaultdict(dict)
         for model in self._models:
             self._add_paths(model)
         self._short_names = self._index_short_names()
 
-    def resolve(self, name: str, *, backend_folder_ok: bool = True) -> ModelFile:
+    def resolve(
+        self,
+        name: str,
+        *,
+        backend_folder_ok: bool = True,
+        prefers: ModelFormat | None = None,
+    ) -> ModelFile:
         """Return the model that `name` means, damaged or not.
 
-        `backend_folder_ok`: a folder may stand for the only model in it.
+        `backend_folder_ok`: a folder may stand for the only model in it. `prefers` is the
+        format of which the model shall be where the name fits several, or a folder that is a
+        model and holds others.
 
         Raises:
             InvalidModelPath: it can be the name of nothing under the root.
@@ -81,31 +91,49 @@ class ModelNames:
         """
         path = self._inside_root(name)
         files_ok = not name.endswith("/")
-        if files_ok and path in self._paths:
-            return self._paths[path]
+        inside: Mapping[str, ModelFile]
         inside = self._folders.get(path, {}) if backend_folder_ok else {}
+        exact = self._exact(path, files_ok=files_ok)
+        if exact is not None:
+            others = {} if exact.format is prefers else _of_format(inside, prefers)
+            if len(others) > 1:
+                raise _ambiguous(name, sorted(others))
+            return _only(others) if others else exact
+        inside = _of_format(inside, prefers) or inside
         if len(inside) == 1:
             return _only(inside)
         named = self._by_short_name(path, files_ok=files_ok, folders_ok=backend_folder_ok)
+        named = _of_format(named, prefers) or named
         if len(named) == 1:
             return _only(named)
         if inside or named:
             raise _ambiguous(name, sorted(inside or named))
         raise self._not_found(name, path)
 
+    def _exact(self, path: str, *, files_ok: bool) -> ModelFile | None:
+        model = self._paths.get(path) or self._shards.get(path)
+        if model is None or files_ok:
+            return model
+        is_folder = model.format is ModelFormat.SAFETENSORS and path not in self._shards
+        return model if is_folder else None
+
     def quantizations(self, model: ModelFile) -> list[ModelFile]:
-        """Return the other files that bear the same name but for their quantization."""
-        bare = self._short_names[-1]
-        found = bare.get(without_quantization(model.stem))
-        return [other for other in found.values() if other.id != model.id]
+        """Return the other models that bear the same name but for their quantization.
+
+        Those that lie in a folder that is a model itself are that model too.
+        """
+        bare = self._short_names[-1].get(without_quantization(model.stem))
+        inside = self._folders.get(model.relative, {})
+        return [other for other in {**bare, **inside}.values() if other.id != model.id]
 
     def _add_paths(self, model: ModelFile) -> None:
         for path in (model.relative, *model.spellings):
             self._paths[path] = model
             for folder in _folders_above(path):
                 self._folders[folder][model.id] = model
+        parts = self._paths if model.format is ModelFormat.GGUF else self._shards
         for part in model.files:
-            self._paths.setdefault(part.relative, model)
+            parts.setdefault(part.relative, model)
 
     def _index_short_names(self) -> Sequence[_ShortNames]:
         stems, folders, bare = (
@@ -219,6 +247,12 @@ def _folders_above(path: str) -> Iterator[str]:
     while path:
         path = path.rpartition("/")[0]
         yield path
+
+
+def _of_format(
+    models: Mapping[str, ModelFile], wanted: ModelFormat | None
+) -> Mapping[str, ModelFile]:
+    return {name: model for name, model in models.items() if model.format is wanted}
 
 
 def _only(models: Mapping[str, ModelFile]) -> ModelFile:

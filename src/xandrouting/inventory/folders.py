@@ -1,0 +1,204 @@
+"""Folders of safetensors as models: which there are, what they hold, why one cannot be loaded."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from xandrouting.inventory.model_file import (
+    VIRTUAL_ROOT,
+    FolderModel,
+    ModelFile,
+    ModelFormat,
+    ModelPart,
+    is_gguf,
+)
+from xandrouting.inventory.safetensors import (
+    InvalidSafetensors,
+    UnreadableSafetensors,
+    read_folder,
+)
+
+WEIGHTS: Final = ".safetensors"
+_ADAPTER: Final = "adapter_config.json"
+_TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+_TEMPLATE: Final = "chat_template.jinja"
+_TEMPLATE_JSON: Final = "chat_template.json"
+_MAX_TEMPLATE_FILE: Final = 16 << 20
+# A tokenizer is one of these, or the two halves of a byte-pair encoding, or code of its own.
+_TOKENIZERS: Final = frozenset(
+    ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.txt", "spiece.model")
+)
+_BPE: Final = frozenset(("vocab.json", "merges.txt"))
+_TOKENIZER_SUFFIXES: Final = (".tiktoken", ".spm", ".bpe")
+
+
+class _NamedTemplate(msgspec.Struct):
+    template: str = ""
+
+
+class _Templates(msgspec.Struct):
+    chat_template: str | list[_NamedTemplate] | None = None
+
+
+_TEMPLATE_DECODER: Final = msgspec.json.Decoder(_Templates)
+
+Found = FolderModel | str
+"""What a folder holds, or why it cannot be loaded."""
+
+
+@dataclass(slots=True)
+class Folder:
+    """The files of one folder; `outside` are symlinks that leave the root."""
+
+    relative: str
+    files: dict[str, os.stat_result] = field(default_factory=dict)
+    outside: set[str] = field(default_factory=set)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Changes whenever a file does, or a symlink that leaves the root."""
+        return (
+            *sorted(self.outside),
+            *(
+                (name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+                for name, s in sorted(self.files.items())
+            ),
+        )
+
+
+class FolderCache:
+    """Folders read before, for as long as their files stay the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[object, ...], Found]] = {}
+
+    def read(self, base: str, folder: Folder) -> Found:
+        """Return what `folder` holds. It blocks for about a millisecond a part."""
+        known = self._known.get(folder.relative)
+        if known is not None and known[0] == folder.identity:
+            return known[1]
+        found: Found
+        try:
+            found = _read(Path(base, folder.relative), folder)
+        except UnreadableSafetensors as error:
+            return str(error)  # not kept: the next look may succeed on the same files
+        except InvalidSafetensors as error:
+            found = str(error)
+        self._known[folder.relative] = folder.identity, found
+        return found
+
+    def keep_only(self, folders: frozenset[str]) -> None:
+        """Forget the folders that are no longer there."""
+        self._known = {name: known for name, known in self._known.items() if name in folders}
+
+
+def holds_weights(names: list[str]) -> bool:
+    """Whether a folder with files of these names is a model, whole or not."""
+    return any(name.endswith(WEIGHTS) for name in names)
+
+
+def look(base: str, relative: str) -> Folder | None:
+    """List a folder's files; None: it is gone, or holds no weights.
+
+    A symlink counts as the file it leads to; where it leaves the root it is not followed.
+    """
+    folder = Folder(relative)
+    try:
+        with os.scandir(f"{base}/{relative}") as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and not is_gguf(entry.name):
+                    _add(folder, base, entry)
+    except OSError:
+        return None
+    return folder if holds_weights([*folder.files, *folder.outside]) else None
+
+
+def _add(folder: Folder, base: str, entry: os.DirEntry[str]) -> None:
+    if entry.is_symlink():
+        target = os.path.realpath(entry.path)
+        if target != base and not target.startswith(f"{base}/"):
+            folder.outside.add(entry.name)
+            return
+    try:
+        status = entry.stat()
+    except OSError:
+        return  # a symlink that leads nowhere
+    if stat.S_ISREG(status.st_mode):
+        folder.files[entry.name] = status
+
+
+def model_of(base: str, folder: Folder, cache: FolderCache) -> ModelFile:
+    """Return a folder as a model; its `problem` says why it cannot be loaded."""
+    found = cache.read(base, folder)
+    model = found if isinstance(found, FolderModel) else None
+    inside = f"{folder.relative}/"
+    files = tuple(
+        ModelPart(Path(base, inside + name), inside + name, status.st_size)
+        for name, status in sorted(folder.files.items())
+    )
+    return ModelFile(
+        id=f"{VIRTUAL_ROOT}/{folder.relative}",
+        path=Path(base, folder.relative),
+        folder=folder.relative,
+        files=files,
+        size_bytes=sum(part.size_bytes for part in files),
+        header=None,
+        problem=found if isinstance(found, str) else None,
+        modified=max((s.st_mtime for s in folder.files.values()), default=0.0),
+        revision="+".join(
+            f"{s.st_size}-{s.st_mtime_ns}-{s.st_ino}" for _, s in sorted(folder.files.items())
+        ),
+        format=ModelFormat.SAFETENSORS,
+        safetensors=model,
+    )
+
+
+def _read(path: Path, folder: Folder) -> FolderModel:
+    names = folder.files.keys()
+    if folder.outside:
+        raise InvalidSafetensors("a symlink in it leaves the models directory")
+    if _ADAPTER in names:
+        raise InvalidSafetensors("an adapter, not a model of its own")
+    shape = read_folder(path)
+    tokenizes = (
+        _TOKENIZERS & names
+        or names >= _BPE
+        or any(name.endswith(_TOKENIZER_SUFFIXES) for name in names)
+    )
+    if not tokenizes:
+        raise InvalidSafetensors("its tokenizer is missing")
+    return FolderModel(
+        shape,
+        chat_template=_template(path, folder),
+        pooling="modules.json" in names,
+        vision="preprocessor_config.json" in names,
+    )
+
+
+def _template(path: Path, folder: Folder) -> str:
+    """Return the chat template; what cannot be read as one is none."""
+    if _TEMPLATE in folder.files:
+        return _text(path / _TEMPLATE).decode(errors="replace")
+    for name in (_TEMPLATE_JSON, _TOKENIZER_CONFIG):
+        if name in folder.files:
+            try:
+                said = _TEMPLATE_DECODER.decode(_text(path / name)).chat_template
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                return ""
+            if said:
+                return said if isinstance(said, str) else "\n".join(one.template for one in said)
+    return ""
+
+
+def _text(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAX_TEMPLATE_FILE)
+    except OSError as error:
+        raise UnreadableSafetensors(f"unreadable: {error.strerror}") from error
