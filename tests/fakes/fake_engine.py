@@ -4,6 +4,10 @@
 `GET /seen` lists what happened to the requests: `{"event": E, "request": N}` with E one of
 `started`, `left` (the client went before the answer was complete) and `finished`.
 
+With `--sleep-mode` it also answers the calls of vLLM's sleep mode, as vLLM does: what it has of a
+card is the number in its `--card-file`. Its answers are garbage while it sleeps, or where a
+wake forgot something.
+
 With `--orders` it says that it waits, and reads the rest of its options from a line of stdin. Told
 `rest` it starts over; when stdin ends, so does it.
 """
@@ -22,6 +26,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 DEFAULT_TOKENS = 16
@@ -30,11 +35,52 @@ ALLOCATE = (
 )
 WAITING_LINE = "fake engine waiting"
 COMPLETIONS = "/v1/chat/completions"
+SLEEP_CALLS = ("sleep", "wake_up", "collective_rpc", "reset_prefix_cache")
 HALF_MEGABYTE = 512 * 1024
 
 
 class ClientLeft(Exception):
     """Nobody is there to take the answer."""
+
+
+class Card:
+    """What it has of a card, in a file; and how much of it sleeps."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self.asleep: set[str] = set()
+        self.garbage = False  # the memory of its weights is there and empty
+        self.stale = False  # it takes its cache for what it was
+        self.leaks = False
+        self.write()
+
+    @property
+    def sound(self) -> bool:
+        return not (self.asleep or self.garbage or self.stale)
+
+    def write(self) -> None:
+        if self._options.card_file is None:
+            return
+        sizes = {"weights": self._options.weights_mib, "kv_cache": self._options.cache_mib}
+        awake = sizes.values() if self.leaks else (sizes[t] for t in sizes.keys() - self.asleep)
+        told = json.dumps([os.getpid(), sum(awake) << 20])
+        fresh = Path(f"{self._options.card_file}.new")
+        fresh.write_text(told)
+        fresh.replace(self._options.card_file)
+
+    def sleep(self, level: int) -> None:
+        if self.asleep:
+            return  # vLLM answers, and does nothing
+        time.sleep(self._options.sleep_s)
+        self.asleep = {"weights", "kv_cache"}
+        self.garbage, self.stale = level == 2, True
+        self.leaks = level in self._options.sleep_leaks
+        self.write()
+
+    def wake(self, tags: set[str]) -> None:
+        time.sleep(self._options.wake_s)
+        self.asleep -= tags
+        self.write()
 
 
 class Engine(ThreadingHTTPServer):
@@ -49,6 +95,7 @@ class Engine(ThreadingHTTPServer):
         self.loaded = threading.Event()
         self.seen: list[dict[str, Any]] = []
         self.held = bytearray()
+        self.card = Card(options)
         self._requests = 0
         self._lock = threading.Lock()
 
@@ -84,18 +131,50 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(503, {"error": {"message": "Loading model"}})
         elif self.path == "/seen":
             self.answer(200, self.server.seen)
+        elif self.path == "/is_sleeping" and self.server.options.sleep_mode:
+            self.answer(200, {"is_sleeping": bool(self.server.card.asleep)})
         else:
             self.answer(404, {"error": {"message": "File Not Found"}})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         key = self.server.api_key
-        if self.path != COMPLETIONS:
-            self.answer(404, {"error": {"message": "File Not Found"}})
-        elif key is not None and self.headers.get("authorization") != f"Bearer {key}":
+        call, _, query = self.path.removeprefix("/").partition("?")
+        if key is not None and self.headers.get("authorization") != f"Bearer {key}":
             self.answer(401, {"error": {"message": "Invalid API Key"}})
-        else:
+        elif self.path == COMPLETIONS and self.server.card.sound:
             self.complete(json.loads(body))
+        elif self.path == COMPLETIONS:
+            self.answer(500, {"error": {"message": "it would answer with garbage"}})
+        elif self.server.options.sleep_mode and call in SLEEP_CALLS:
+            self.server.seen.append({"event": f"{call} {query}".strip(), "request": 0})
+            self.sleep_call(call, query, body)
+        else:
+            self.answer(404, {"error": {"message": "File Not Found"}})
+
+    def sleep_call(self, call: str, query: str, body: bytes) -> None:
+        options, card = self.server.options, self.server.card
+        if call in options.fails:
+            self.answer(500, {"error": "it does not"})
+            return
+        while call in options.hangs:
+            time.sleep(3600)
+        match call:
+            case "sleep":
+                level = int(query.removeprefix("level=").partition("&")[0])
+                card.sleep(level)
+                self.answer(200, {"status": "sleeping", "level": level})
+            case "wake_up":
+                tag = query.removeprefix("tags=")
+                card.wake({tag} if tag else {"weights", "kv_cache"})
+                status = "sleeping" if card.asleep else "awake"
+                self.answer(200, {"status": status, "tags": [tag] if tag else None})
+            case "collective_rpc":
+                card.garbage = json.loads(body) != {"method": "reload_weights"}
+                self.answer(200, {"results": [None]})
+            case "reset_prefix_cache":
+                card.stale = False
+                self.answer(200, {"success": True})
 
     def complete(self, asked: dict[str, Any]) -> None:
         request = self.server.begin()
@@ -188,6 +267,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--api-key-env")
     parser.add_argument("--allocate-mib", type=int)
     parser.add_argument("--big-mib", type=int, default=0)
+    parser.add_argument("--sleep-mode", action="store_true")
+    parser.add_argument("--card-file")
+    parser.add_argument("--weights-mib", type=int, default=0)
+    parser.add_argument("--cache-mib", type=int, default=0)
+    parser.add_argument("--sleep-s", type=float, default=0.0)
+    parser.add_argument("--wake-s", type=float, default=0.0)
+    parser.add_argument("--sleep-leaks", type=int, nargs="*", default=[], help="at these levels")
+    parser.add_argument("--fails", nargs="*", default=[], help="these calls")
+    parser.add_argument("--hangs", nargs="*", default=[], help="these calls")
     parser.add_argument("--orders", action="store_true")
     parser.add_argument("--deaf-to-orders", action="store_true")
     return parser.parse_args(arguments)

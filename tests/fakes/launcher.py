@@ -25,7 +25,7 @@ from xandrouting.core.model import (
     StartFailure,
 )
 from xandrouting.core.scheduler import Scheduler
-from xandrouting.engines.base import ModelFacts, Phase, Slots
+from xandrouting.engines.base import ModelFacts, Phase, SleepCalls, Slots
 from xandrouting.launch.base import Survey
 from xandrouting.net.client import Client
 from xandrouting.pool.engine import EngineNews
@@ -33,6 +33,7 @@ from xandrouting.pool.learning import Learning
 from xandrouting.pool.parking import Parking
 from xandrouting.pool.pool import EnginePool, Kind
 from xandrouting.pool.probe import Health
+from xandrouting.pool.sleeping import Post, http_post
 
 READY_LINE: Final = "ready"
 STOP_GRACE_S: Final = 10.0
@@ -55,6 +56,7 @@ class FakeHandle:
     """
 
     base_url = "http://127.0.0.1:9"
+    devices: tuple[tuple[str, int], ...] | None = ()  # what it takes of cards; None: nobody tells
     api_key = "k3y"
     pid = 4242
     killed_for_memory = False
@@ -146,7 +148,7 @@ class FakeHandle:
 
     def use(self) -> MemoryUse:
         taken = self._memory(self._loop.time() - self._began)
-        return MemoryUse(host_bytes=taken, private_bytes=taken, devices=())
+        return MemoryUse(host_bytes=taken, private_bytes=taken, devices=self.devices)
 
     async def stop(self, *, grace_s: float) -> None:
         if self.exit_status is not None:
@@ -180,6 +182,8 @@ class FakeLauncher:
         capacity_bytes: int | None = None,
     ) -> None:
         self.capacity_bytes = capacity_bytes
+        self.cards: Callable[[], tuple[DeviceReading, ...]] = tuple  # what the machine has of them
+        self.on_start: Callable[[FakeHandle], None] = lambda _: None
         self.others_bytes = 0
         self.surveys = 0
         self.load_s = load_s
@@ -202,11 +206,11 @@ class FakeLauncher:
         spare = MemoryUse(host_bytes=self.spare_bytes, private_bytes=self.spare_bytes)
         spares = (spare,) * len(self.prepared)
         if self.capacity_bytes is None:
-            return Survey((), uses, spares)
+            return Survey(self.cards(), uses, spares)
         ours = (*uses.values(), *spares)
         taken = self.others_bytes + sum(use.private_bytes or 0 for use in ours)
         host = DeviceReading(HOST, HOST, self.capacity_bytes, self.capacity_bytes - taken)
-        return Survey((host,), uses, spares)
+        return Survey((host, *self.cards()), uses, spares)
 
     async def prepare(self, plan: LaunchPlan) -> None:
         if not self.prepared:
@@ -239,6 +243,7 @@ class FakeLauncher:
         )
         for line in self.says:
             handle.say(line)
+        self.on_start(handle)
         self.handles.append(handle)
         self.living[engine] = handle
         return handle
@@ -260,10 +265,13 @@ class FakeAdapter:
         failure: StartFailure = StartFailure.EXITED,
         slots: Slots | None = None,
         sleeper_bytes: int | None = None,
+        sleep: SleepCalls | None = None,
         order: str = "",
     ) -> None:
         self.slots = slots
         self.sleeper_bytes = sleeper_bytes
+        self.spare_bytes = sleeper_bytes or 0
+        self.sleep = sleep
         self.order = order
         self.ready_line = ready_line
         self.failure = failure
@@ -281,6 +289,18 @@ class FakeAdapter:
 
     def phase(self, tail: Sequence[str]) -> Phase:
         return Phase.READING
+
+    def flags(self, facts: ModelFacts) -> tuple[str, ...]:
+        return ()
+
+    def progress(self, tail: Sequence[str]) -> float | None:
+        return None
+
+    def reason(self, tail: Sequence[str]) -> str:
+        return ""
+
+    def shares(self, facts: ModelFacts, cards: int) -> Sequence[int]:
+        return range(1, cards + 1)
 
     def spare(self) -> LaunchPlan | None:
         return LaunchPlan(argv=("fake",), order=self.order) if self.order else None
@@ -339,6 +359,7 @@ def make_pool(
     *,
     adapter: FakeAdapter | None = None,
     health: Health | None = None,
+    post: Post = http_post,
     load_stall_s: float = 30.0,
     learning: Learning | None = None,
     parking: Parking | None = None,
@@ -355,6 +376,7 @@ def make_pool(
         on_news=on_news,
         load_stall_s=load_stall_s,
         health=health or FakeHealth(),
+        post=post,
     )
 
 
@@ -364,6 +386,7 @@ async def running(
     *,
     adapter: FakeAdapter | None = None,
     health: Health | None = None,
+    post: Post = http_post,
     load_stall_s: float = 30.0,
     learning: Learning | None = None,
     parking: Parking | None = None,
@@ -377,6 +400,7 @@ async def running(
         scheduler,
         adapter=adapter,
         health=health,
+        post=post,
         load_stall_s=load_stall_s,
         learning=learning,
         parking=parking,

@@ -29,6 +29,7 @@ class FakeCard:
     computing: list[tuple[int, int | None]] = field(default_factory=list)  # pid, bytes
     drawing: list[tuple[int, int | None]] = field(default_factory=list)
     bus: str = ""  # set by the library
+    uuid: str = ""  # the same
     instances: list[FakeCard | None] | None = None  # not None: in MIG mode; None: a gap
     errors: dict[str, type[Exception]] = field(default_factory=dict)  # by a function's name
 
@@ -41,6 +42,7 @@ class FakeNvml(ModuleType):
         self.cards = list(cards)
         for number, card in enumerate(cards):
             card.bus = f"00000000:{number + 1:02X}:00.0"
+            card.uuid = card.uuid or f"GPU-{number}0c0ffee-1234-5678-9abc-def012345678"
         self.errors: dict[str, type[Exception]] = {}  # by a function's name
         self.calls: Counter[str] = Counter()
         self._opened = 0
@@ -86,6 +88,10 @@ class FakeNvml(ModuleType):
     def nvmlDeviceGetPciInfo(self, handle: FakeCard) -> SimpleNamespace:
         self._call("nvmlDeviceGetPciInfo", handle)
         return SimpleNamespace(busId=handle.bus)
+
+    def nvmlDeviceGetUUID(self, handle: FakeCard) -> str:
+        self._call("nvmlDeviceGetUUID", handle)
+        return handle.uuid
 
     def nvmlDeviceGetName(self, handle: FakeCard) -> str:
         self._call("nvmlDeviceGetName", handle)

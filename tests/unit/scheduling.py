@@ -48,7 +48,7 @@ class GrowingCost:
     cache_gib: float
     layers: int = 0
 
-    def footprint(self, options: LoadOptions) -> Footprint:
+    def footprint(self, options: LoadOptions, cards: int = 1) -> Footprint:
         cache_gib = self.cache_gib * (options.n_parallel or 1) * (options.n_ctx or 2048) / 1024
         if options.cache_type_k == "q8_0":
             cache_gib /= 2

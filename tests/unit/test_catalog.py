@@ -269,7 +269,8 @@ def test_an_upstream_s_model(
     world: World, model: str, fields: dict[str, Any], name: str, asked: str
 ) -> None:
     route = world.route(model, **fields)
-    assert route.spec.key == ModelKey(name, Backend.UPSTREAM, "remote")
+    backend = Backend.OLLAMA if name == "ollama" else Backend.UPSTREAM
+    assert route.spec.key == ModelKey(name, backend, "remote")
     assert route.spec.source == UPSTREAMS[name]
     assert route.spec.cost == FixedCost(Footprint(engines=0))
     assert route.spec.wants == route.spec.defaults == LoadOptions()

@@ -15,10 +15,20 @@ from xandrouting.core.errors import (
     EngineRejected,
     GatewayError,
     UnsupportedByEngine,
+    UpstreamNotAnApi,
+    UpstreamRedirects,
+    UpstreamTimeout,
     UpstreamUnreachable,
 )
-from xandrouting.net.client import Client, ConnectError, Headers, Response, UpstreamError
-from xandrouting.proxy.forward import END_WAIT_S, ERROR_BYTES, Answer, ask, relay
+from xandrouting.net.client import (
+    Client,
+    ConnectError,
+    Headers,
+    Response,
+    SilentError,
+    UpstreamError,
+)
+from xandrouting.proxy.forward import END_WAIT_S, ERROR_BYTES, Answer, ask, check_foreign, relay
 from xandrouting.proxy.headers import EVENT_STREAM_HEADERS, forwarded
 
 END = None  # the answer is complete
@@ -72,9 +82,19 @@ class Upstream:
         self.wire.response.headers = [EVENTS] if headers is None else headers
         self.error: Exception | None = None
         self.requests: list[tuple[bytes, bytes, bytes, bytes]] = []
+        self.silence_s: float | None = None
 
-    async def request(self, method: bytes, path: bytes, body: bytes, headers: bytes) -> Response:
+    async def request(
+        self,
+        method: bytes,
+        path: bytes,
+        body: bytes,
+        headers: bytes,
+        *,
+        silence_s: float | None,
+    ) -> Response:
         self.requests.append((method, path, body, headers))
+        self.silence_s = silence_s
         if self.error is not None:
             raise self.error
         return self.wire.response
@@ -277,6 +297,20 @@ async def test_done_in_pieces_is_done() -> None:
     got = Got()
     await forward(Upstream(b"data: [DO", b"NE]\n", (b"\n", END)), got)
     assert got.pieces == [b"data: [DONE]\n\n"]
+
+
+@pytest.mark.parametrize("together", [True, False])
+@virtual_time
+async def test_done_after_an_error_is_no_success(together: bool) -> None:
+    """As vLLM ends its streams when it is told to end."""
+    failure = b'data: {"error":{"message":"EngineCore gave up","code":500}}\n\n'
+    done = b"data: [DONE]\n\n"
+    rest: list[Step | Sequence[Step]] = [failure + done] if together else [failure, (1.0, done)]
+    upstream, got = Upstream(b"data: a\n\n", *rest), Got()
+    with pytest.raises(EngineError, match="EngineCore gave up"):
+        await forward(upstream, got)
+    assert got.pieces == [b"data: a\n\n"]
+    assert upstream.wire.finished == 1
 
 
 @virtual_time
@@ -494,3 +528,45 @@ async def test_no_answer_at_all(raised: UpstreamError, kind: type[GatewayError])
         await forward(upstream, got)
     assert caught.value.__cause__ is raised
     assert got.messages == []
+
+
+# Somebody else's server.
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "error"),
+    [
+        (200, [JSON], None),
+        (200, [EVENTS], None),
+        (200, [(b"content-type", b"application/x-ndjson")], None),
+        (201, [], None),
+        (200, [(b"content-type", b"text/html; charset=utf-8")], UpstreamNotAnApi),
+        (200, [(b"content-type", b"TEXT/HTML")], UpstreamNotAnApi),
+        (200, [(b"content-type", b"image/png\xff")], UpstreamNotAnApi),
+        (301, [JSON, (b"location", b"http://elsewhere:1/?t=secret")], UpstreamRedirects),
+        (304, [], UpstreamRedirects),
+        (307, [(b"location", b"http://[::")], UpstreamRedirects),
+    ],
+)
+def test_what_is_an_answer_of_an_api(
+    status: int, headers: Headers, error: type[GatewayError] | None
+) -> None:
+    wire = Upstream(status=status, headers=headers).wire
+    if error is None:
+        check_foreign(wire.response, name="The upstream big")
+        assert wire.finished == 0
+        return
+    with pytest.raises(error, match=r"^The upstream big ") as caught:
+        check_foreign(wire.response, name="The upstream big")
+    assert wire.finished == 1
+    assert "secret" not in caught.value.message + caught.value.detail
+    assert "elsewhere" not in caught.value.message
+
+
+@virtual_time
+async def test_one_that_falls_silent() -> None:
+    upstream = Upstream(b"data: a\n\n", SilentError("nothing came for 9 s", began=True))
+    got = Got()
+    with pytest.raises(UpstreamTimeout, match=r"^The engine of qwen was given up: nothing came"):
+        await forward(upstream, got)
+    assert got.pieces == [b"data: a\n\n"]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes.nvml import GIB, FakeCard, FakeNvml
 from xandrouting.core.model import DeviceReading
-from xandrouting.launch.nvml import GpuReading, NoGpus, Nvml, open_gpus
+from xandrouting.launch.nvml import GpuReading, NoGpus, Nvml, open_gpus, visible_cards
 
 LOST = pynvml.NVMLError_GpuIsLost
 FREE = DeviceReading("cuda:0", "NVIDIA L4", 23 * GIB, 20 * GIB)
@@ -249,3 +249,59 @@ def test_most_cards_cannot_be_divided(error: type[Exception]) -> None:
     library, gpus = opened(FakeCard())
     library.errors["nvmlDeviceGetMigMode"] = error
     assert gpus.read().devices == (FREE,)
+
+
+# The cards this process was given.
+
+UUID_A, UUID_B = "GPU-aa0c0ffee-1", "GPU-ab0c0ffee-2"
+
+
+def given(*visible: str, cards: int = 3) -> list[str]:
+    """Return the cards told of, by their makers' names, where CUDA_VISIBLE_DEVICES is this."""
+    library = FakeNvml(*(FakeCard(name=f"card {number}") for number in range(cards)))
+    library.cards[0].uuid, library.cards[1].uuid = UUID_A, UUID_B
+    reading = open_gpus(library, visible=visible).read()
+    assert [device.device for device in reading.devices] == [
+        f"cuda:{number}" for number in range(len(reading.devices))
+    ]
+    return [device.name for device in reading.devices]
+
+
+@pytest.mark.parametrize(
+    ("visible", "told"),
+    [
+        (["1"], ["card 1"]),
+        (["2", "0"], ["card 2", "card 0"]),  # in the order they are named
+        ([UUID_B], ["card 1"]),
+        (["GPU-ab"], ["card 1"]),  # as much of it as tells it from the others
+        (["GPU-ab", "2"], ["card 1", "card 2"]),
+        (["GPU-a"], []),  # two begin so
+        (["GPU-ff"], []),
+        (["1", "7", "0"], ["card 1"]),  # CUDA stops at the first that is none
+        (["-1", "0"], []),
+        (["NoDevFiles"], []),
+        ([], []),
+    ],
+)
+def test_only_the_cards_it_was_given_are_told_of(visible: list[str], told: list[str]) -> None:
+    assert given(*visible) == told
+
+
+def test_not_restricted_all_cards_are_told_of() -> None:
+    library = FakeNvml(FakeCard(), FakeCard())
+    assert names(open_gpus(library, visible=None).read()) == [("cuda:0", False), ("cuda:1", False)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "visible"),
+    [
+        ({}, None),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ()),
+        ({"CUDA_VISIBLE_DEVICES": "1, 0"}, ("1", "0")),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-ab,"}, ("GPU-ab",)),
+    ],
+)
+def test_which_cards_the_environment_gives(
+    environment: dict[str, str], visible: tuple[str, ...] | None
+) -> None:
+    assert visible_cards(environment) == visible

@@ -555,7 +555,7 @@ def test_a_shorter_model_length_is_offered() -> None:
     class ByLength:
         layers = 0
 
-        def footprint(self, options: LoadOptions) -> Footprint:
+        def footprint(self, options: LoadOptions, cards: int = 1) -> Footprint:
             assert options.max_model_len is not None
             return Footprint(device=Terms(kv_cache=gib(options.max_model_len / 1024)))
 

@@ -31,7 +31,8 @@ from xandrouting.launch.base import Survey
 from xandrouting.pool.engine import EngineNews, News
 from xandrouting.pool.figure_store import FigureStore
 from xandrouting.pool.learning import Learning
-from xandrouting.pool.pool import FREED_WAIT_S, EnginePool
+from xandrouting.pool.pool import EnginePool
+from xandrouting.pool.watching import FREED_WAIT_S
 
 GIB = 1 << 30
 CARD = "cuda:0"

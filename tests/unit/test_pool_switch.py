@@ -32,8 +32,10 @@ from xandrouting.launch.base import Survey
 from xandrouting.net.client import Client
 from xandrouting.pool.engine import Engine, EngineNews, News
 from xandrouting.pool.learning import Learning
+from xandrouting.pool.life import REST_S
 from xandrouting.pool.parking import Parking, SavedSlot
-from xandrouting.pool.pool import REST_S, SPARE_WAIT_S, EnginePool
+from xandrouting.pool.pool import EnginePool
+from xandrouting.pool.preparing import SPARE_WAIT_S
 
 GIB = 1 << 30
 SLEEPER_BYTES = 30 << 20

@@ -57,9 +57,11 @@ def test_the_routing_fields_are_read() -> None:
     fields = parse(
         b'"backend":"llamacpp","device":"cuda:1","gpu_memory_utilization":0.5',
         b'"max_model_len":8,"n_gpu_layers":-1,"n_ctx":0,"n_parallel":2,"ttl":0,"stream":true',
+        b'"tensor_parallel_size":2',
     )
     assert (fields.model, fields.backend, fields.device) == ("m", "llamacpp", "cuda:1")
     assert (fields.gpu_memory_utilization, fields.max_model_len) == (0.5, 8)
+    assert fields.tensor_parallel_size == 2
     assert (fields.n_gpu_layers, fields.n_ctx, fields.n_parallel, fields.ttl) == (-1, 0, 2, 0)
     assert fields.stream is True
 
@@ -87,6 +89,7 @@ INTEGERS = {
     "n_gpu_layers": (-1, 2**31 - 1),
     "n_ctx": (0, 2**31 - 1),
     "n_parallel": (1, 1024),
+    "tensor_parallel_size": (1, 64),
     "ttl": (0, 2**31 - 1),
     "max_tokens": (1, 2**31 - 1),
     "max_completion_tokens": (1, 2**31 - 1),
@@ -382,5 +385,6 @@ def test_load_and_unload_are_checked_alike() -> None:
 def test_the_routing_fields_are_the_contract_s() -> None:
     assert set(Routing.__struct_fields__) == {
         *("model", "backend", "device", "gpu_memory_utilization", "max_model_len"),
+        *("tensor_parallel_size",),
         *("n_gpu_layers", "n_ctx", "n_parallel", "cache_type_k", "cache_type_v", "ttl"),
     }

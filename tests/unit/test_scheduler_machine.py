@@ -43,6 +43,7 @@ from xandrouting.core.events import (
     Release,
     Shutdown,
     Sleep,
+    SleepFailed,
     Start,
     Stop,
     Tick,
@@ -56,6 +57,7 @@ from xandrouting.core.model import (
     EngineSpec,
     FixedCost,
     Footprint,
+    Level,
     LoadOptions,
     MemoryUse,
     ModelKey,
@@ -82,6 +84,7 @@ def of(
     device: int = 0,
     asleep: int | None = None,
     files: tuple[str, ...] = (),
+    levels: tuple[Level, ...] = (),
 ) -> EngineSpec:
     """Return the spec of a model that takes this much, with any options."""
     footprint = Footprint(engines, Terms(weights=host), Terms(weights=device))
@@ -90,6 +93,7 @@ def of(
         cost=FixedCost(footprint),
         placements=((CARD,),) if device else ((),),
         sleeper_bytes=asleep,
+        sleep_levels=levels,
         files=files,
     )
 
@@ -100,7 +104,7 @@ class ByLayers:
 
     layers: int = 8
 
-    def footprint(self, options: LoadOptions) -> Footprint:
+    def footprint(self, options: LoadOptions, cards: int = 1) -> Footprint:
         asked = self.layers if options.n_gpu_layers in (None, -1) else options.n_gpu_layers
         there = min(asked, self.layers) * 10
         slots = (options.n_parallel or 1) * 6
@@ -112,6 +116,9 @@ FILES = ("a.gguf", "b.gguf")
 GIANT = of(model("giant"), engines=2, host=90)  # takes the room of two, and nearly all memory
 ON_CARD = of(model("on-card"), host=10, device=60, asleep=4, files=FILES)
 ALSO_ON_CARD = of(model("also-on-card"), host=10, device=50)
+ALL_LEVELS = (Level.OFFLOADED, Level.DROPPED)
+BY_LEVELS = of(model("by-levels"), host=5, device=40, files=FILES, levels=ALL_LEVELS)
+DROPPED_ONLY = of(model("dropped-only"), host=5, device=45, levels=(Level.DROPPED,))
 LAYERED = replace(
     model("layered", defaults=LoadOptions(n_ctx=2048, n_gpu_layers=-1, n_parallel=4)),
     cost=ByLayers(),
@@ -127,6 +134,8 @@ FITTING = (
     GIANT,
     ON_CARD,
     ALSO_ON_CARD,
+    BY_LEVELS,
+    DROPPED_ONLY,
     LAYERED,
 )
 MODELS = (*FITTING, IMPOSSIBLE)
@@ -149,6 +158,8 @@ class Life:
     ready: bool = False
     suspending: bool = False  # told to sleep, and has not said yet that it does
     sleeping: bool = False
+    level: Level | None = None  # how it sleeps, or did before it was woken
+    waking: bool = False
     stopped: bool = False  # a Stop was sent; the process still lives
     wished_away: bool = False
     drained: bool = False  # it took no new leases any more, before it left
@@ -158,6 +169,15 @@ class Life:
     @property
     def loading(self) -> bool:
         return not (self.ready or self.suspending or self.sleeping)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether its process begins anew with its load."""
+        return not self.waking
+
+    @property
+    def resting(self) -> bool:
+        return self.level is Level.REST
 
     @property
     def asleep(self) -> bool:
@@ -218,6 +238,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.waiting: dict[Ticket, EngineSpec] = {}  # in order of arrival
         self.granted: dict[Ticket, Life] = {}
         self.refused: set[Ticket] = set()
+        self.failed: set[tuple[ModelKey, str, Level]] = set()  # did not sleep or wake
 
     # What can happen.
 
@@ -273,10 +294,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def measure(self, others: int, on_card: int, taken: float) -> None:
         self._measure({HOST: others, CARD: on_card}, taken)
 
-    @precondition(lambda self: self._lives(loading=True, stopped=False))
+    @precondition(lambda self: self._lives(loading=True, stopped=False, fresh=True))
     @rule(pick=st.integers(0, 9))
     def run_out_of_memory(self, pick: int) -> None:
-        life = _one_of(self._lives(loading=True, stopped=False), pick)
+        life = _one_of(self._lives(loading=True, stopped=False, fresh=True), pick)
         again = life.id.key in self.retried or not self._awaited(life)
         effects = self._exit(life, InsufficientMemory(RAN_OUT))
         assert not (again and self._awaited(life)), "a third try"
@@ -299,12 +320,25 @@ class SchedulerMachine(RuleBasedStateMachine):
     def become_ready(self, pick: int) -> None:
         self._become_ready(_one_of(self._lives(loading=True), pick))
 
-    @precondition(lambda self: self._lives(loading=True, stopped=False))
+    @precondition(lambda self: self._lives(loading=True, stopped=False, fresh=True))
     @rule(pick=st.integers(0, 9), why=st.sampled_from([None, EngineStartFailed("out of memory")]))
     def fail_to_start(self, pick: int, why: EngineStartFailed | None) -> None:
-        life = _one_of(self._lives(loading=True, stopped=False), pick)
+        life = _one_of(self._lives(loading=True, stopped=False, fresh=True), pick)
         self._exit(life, why)
         assert not self._awaited(life)
+
+    @precondition(lambda self: self._lives(loading=True, stopped=False, fresh=False))
+    @rule(
+        pick=st.integers(0, 9),
+        why=st.sampled_from([None, InsufficientMemory(RAN_OUT), EngineStartFailed("it hangs")]),
+    )
+    def fail_to_wake(self, pick: int, why: GatewayError | None) -> None:
+        life = _one_of(self._lives(loading=True, stopped=False, fresh=False), pick)
+        waiting = [t for t, spec in self.waiting.items() if spec.key == life.id.key]
+        effects = self._exit(life, why)
+        refused = [e.ticket for e in effects if isinstance(e, Refuse) and e.error is why]
+        assert not set(refused) & set(waiting), "refused for a sleeper's sake"
+        self.failed.add((life.id.key, life.spec.revision, life.level))
 
     @precondition(lambda self: self._lives(stopped=True))
     @rule(pick=st.integers(0, 9))
@@ -326,6 +360,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         effects = self._fall_asleep(life)
         assert not (life.stopped and effects), "late news does something"
 
+    @precondition(lambda self: self._lives(suspending=True, resting=False))
+    @rule(pick=st.integers(0, 9), hopeless=st.booleans())
+    def fail_to_sleep(self, pick: int, hopeless: bool) -> None:
+        life = _one_of(self._lives(suspending=True, resting=False), pick)
+        level, was_stopped = life.level, life.stopped
+        if not was_stopped:
+            self.failed.add((life.id.key, life.spec.revision, level))
+        effects = self._send(SleepFailed(life.id, hopeless))
+        if was_stopped:
+            assert effects == []
+        elif not life.stopped:
+            assert life.level > level
+            assert not hopeless
+
     @precondition(lambda self: self.live)
     @rule(pick=st.integers(0, 9), force=st.booleans())
     def unload(self, pick: int, force: bool) -> None:
@@ -339,10 +387,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.born)
     @rule(
         pick=st.integers(0, 9),
-        news=st.sampled_from([EngineReady, EngineSlept, EngineExited, Unload]),
+        news=st.sampled_from([EngineReady, EngineSlept, SleepFailed, EngineExited, Unload]),
     )
     def old_news(
-        self, pick: int, news: type[EngineReady | EngineSlept | EngineExited | Unload]
+        self,
+        pick: int,
+        news: type[EngineReady | EngineSlept | SleepFailed | EngineExited | Unload],
     ) -> None:
         key = _one_of(self.born, pick)
         gone = self.born[key] - (key in self.live)
@@ -351,6 +401,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def all_goes_well_for_a_while(self) -> None:
         self._settle()
+
+    @rule(seconds=st.sampled_from([2.0, 60.0]))
+    def nobody_asks_for_a_while(self, seconds: float) -> None:
+        self._settle()
+        self.now += seconds
+        self._tick()
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 6.0, 70.0]))
     def time_passes(self, seconds: float) -> None:
@@ -424,7 +480,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not (life.suspending or life.sleeping) or not life.leases
             if view.state is EngineState.SLEEPING:
                 assert ENGINES not in view.charged
-                assert sum(view.charged.values()) <= SMALL
+                offloaded = view.spec.cost.footprint(LoadOptions()).device.total
+                most = SMALL + (offloaded if life.level is Level.OFFLOADED else 0)
+                if life.level is not Level.REST:
+                    most += view.decision.footprint.host_bytes * 2  # what its process has
+                assert sum(view.charged.values()) <= most
             assert self.scheduler.holds(view.engine.key) == (
                 life.stopped or not (life.suspending or life.sleeping)
             )
@@ -479,13 +539,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._send(Release(ticket, take_back))
 
     def _become_ready(self, life: Life) -> None:
-        life.ready = True
+        life.ready, life.level, life.waking = True, None, False
         self._send(EngineReady(life.id))
         life.closed |= life.wished_away
 
     def _fall_asleep(self, life: Life) -> list[Effect]:
         life.suspending, life.sleeping = False, True
-        return self._send(EngineSlept(life.id))
+        use = MemoryUse()
+        if life.level is not Level.REST:
+            host = life.spec.cost.footprint(LoadOptions()).host_bytes
+            use = MemoryUse(host, host, ((CARD, REST),)) if self.now % 2 else use
+        return self._send(EngineSlept(life.id, use))
 
     def _exit(self, life: Life, why: GatewayError | None = None) -> list[Effect]:
         del self.live[life.id.key]
@@ -497,6 +561,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             host, device = view.decision.footprint.host_bytes, view.decision.footprint.device_bytes
             if view.state is EngineState.SLEEPING:
                 host, device = view.spec.sleeper_bytes, REST
+                if host is None:
+                    host = view.decision.footprint.host_bytes
+                if view.level is Level.OFFLOADED:
+                    host += view.decision.footprint.device.weights
             on_card = ((CARD, int(device * taken)),) if view.placement else ()
             uses[view.engine] = MemoryUse(int(host * taken), int(host * taken), on_card)
         readings = []
@@ -581,6 +649,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             raise AssertionError("started for nobody")
         if effect.wakes:
             life = self.live[key]
+            if life.level is not Level.REST:
+                assert serves(life.spec, life.options, effect.spec)
+                assert effect.options == life.options
+                life.waking = True
             life.sleeping, life.spec, life.options = False, effect.spec, effect.options
         else:
             self.live[key] = Life(effect.engine, effect.spec, effect.options)
@@ -597,15 +669,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _told_to_sleep(self, effect: Sleep, cause: Event) -> None:
         life = self.live[effect.engine.key]
         assert life.id == effect.engine
-        assert isinstance(cause, Tick)
-        assert life.spec.sleeper_bytes is not None
-        assert life.id.key.model not in self.pinned
-        assert life.ready
+        assert effect.level in life.spec.levels
+        assert (life.id.key, life.spec.revision, effect.level) not in self.failed, "tried again"
         assert not life.stopped
         assert not life.leases
-        idle_since = self.scheduler.view(life.id.key).idle_since
-        assert idle_since + self.soft_idle_s <= self.now
-        life.ready, life.suspending = False, True
+        if isinstance(cause, SleepFailed):
+            assert life.suspending
+        else:
+            assert isinstance(cause, Tick)
+            assert life.id.key.model not in self.pinned
+            assert life.ready or life.sleeping
+            idle_since = self.scheduler.view(life.id.key).idle_since
+            assert idle_since + self.soft_idle_s <= self.now
+        assert life.level is None or effect.level > life.level
+        assert not life.sleeping or not self._awaited(life)
+        life.ready, life.sleeping, life.suspending = False, False, True
+        life.level = effect.level
 
     def _stopped(self, effect: Stop, cause: Event) -> None:
         life = self.live[effect.engine.key]

@@ -170,6 +170,31 @@ def test_what_is_no_upstream(text: str, words: str) -> None:
     assert words in refused(XANDROUTING_UPSTREAMS=text)
 
 
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("http://gpu:11434", "http://gpu:11434"),
+        ("https://gpu.example/ollama/", "https://gpu.example/ollama"),
+        ("http://gpu:11434/v1", "http://gpu:11434"),
+        ("gpu:8000", "http://gpu:8000"),
+        ("gpu:8000/v1/", "http://gpu:8000"),
+        ("gpu", "http://gpu:11434"),
+        ("127.0.0.1", "http://127.0.0.1:11434"),
+        ("[::1]", "http://[::1]:11434"),
+        ("[::1]:8000/", "http://[::1]:8000"),
+        ("none", None),
+        ("", "http://127.0.0.1:11434"),
+    ],
+)
+def test_the_address_of_ollama(text: str, url: str | None) -> None:
+    assert settings(OLLAMA_BASE_URL=text).ollama_base_url == url
+    assert settings(XANDROUTING_OLLAMA_BASE_URL=text).ollama_base_url == url
+
+
+def test_what_is_no_address_of_ollama() -> None:
+    assert "begins with http:// or https://" in refused(OLLAMA_BASE_URL="ftp://gpu")
+
+
 # Bad values.
 
 

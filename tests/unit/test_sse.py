@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from xandrouting.proxy import sse
-from xandrouting.proxy.sse import HOLD_BYTES, comment, split_events
+from xandrouting.proxy.sse import HOLD_BYTES, comment, split_error, split_events
 
 ENDS = (b"\n\n", b"\r\n\r\n")
 
@@ -34,6 +34,24 @@ ENDS = (b"\n\n", b"\r\n\r\n")
 )
 def test_events_are_split_after_the_last_whole_one(data: bytes, whole: bytes, begun: bytes) -> None:
     assert split_events(data) == (whole, begun)
+
+
+@pytest.mark.parametrize(
+    ("data", "before", "failure"),
+    [
+        (b"data: a\n\n", b"data: a\n\n", b""),
+        (b'data: {"error":{"message":"x"}}\n\n', b"", b'data: {"error":{"message":"x"}}\n\n'),
+        (b'data: a\n\ndata: {"error": "x"}\n\n', b"data: a\n\n", b'data: {"error": "x"}\n\n'),
+        (b'data: {"error":null,"choices":[]}\n\n', b'data: {"error":null,"choices":[]}\n\n', b""),
+        (
+            b'data: {"content":"data: {\\"error\\":"}\n',
+            b'data: {"content":"data: {\\"error\\":"}\n',
+            b"",
+        ),
+    ],
+)
+def test_an_error_is_split_off(data: bytes, before: bytes, failure: bytes) -> None:
+    assert split_error(data) == (before, failure)
 
 
 def relayed(pieces: list[bytes]) -> tuple[list[bytes], bytes]:

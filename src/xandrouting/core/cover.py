@@ -14,7 +14,7 @@ def covers(running: LoadOptions, wants: LoadOptions) -> bool:
 
     Unset asks nothing. A larger context or more slots cover a smaller ask; layers and the
     cache's types must be equal, because fewer is as much a wish as more; the share of the card
-    matters only at load.
+    matters only at load. On how many cards it runs, its placement tells and not `running`.
     """
     return (
         _at_least(running.n_ctx, wants.n_ctx)
@@ -30,8 +30,8 @@ def covers(running: LoadOptions, wants: LoadOptions) -> bool:
 def union(held: LoadOptions, wants: LoadOptions) -> LoadOptions:
     """Return options that serve what `held` served and also `wants`.
 
-    Where two wishes contradict each other (layers, cache types, share of the card) `wants`
-    wins.
+    Where two wishes contradict each other (layers, cards, cache types, share of the card)
+    `wants` wins.
     """
     return LoadOptions(
         n_ctx=_larger(held.n_ctx, wants.n_ctx),
@@ -39,6 +39,7 @@ def union(held: LoadOptions, wants: LoadOptions) -> LoadOptions:
         n_parallel=_larger(held.n_parallel, wants.n_parallel),
         gpu_memory_utilization=_newer(held.gpu_memory_utilization, wants.gpu_memory_utilization),
         max_model_len=_larger(held.max_model_len, wants.max_model_len),
+        tensor_parallel_size=_newer(held.tensor_parallel_size, wants.tensor_parallel_size),
         embeddings=held.embeddings or wants.embeddings,
         cache_type_k=_newer(held.cache_type_k, wants.cache_type_k),
         cache_type_v=_newer(held.cache_type_v, wants.cache_type_v),
@@ -55,6 +56,7 @@ def fill(wants: LoadOptions, defaults: LoadOptions) -> LoadOptions:
             defaults.gpu_memory_utilization, wants.gpu_memory_utilization
         ),
         max_model_len=_newer(defaults.max_model_len, wants.max_model_len),
+        tensor_parallel_size=_newer(defaults.tensor_parallel_size, wants.tensor_parallel_size),
         embeddings=wants.embeddings or defaults.embeddings,
         cache_type_k=_newer(defaults.cache_type_k, wants.cache_type_k),
         cache_type_v=_newer(defaults.cache_type_v, wants.cache_type_v),

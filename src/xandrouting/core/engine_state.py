@@ -20,7 +20,7 @@ class EngineState(StrEnum):
     STARTING = "starting"  # launched or being placed; the health probe has not passed yet
     READY = "ready"  # takes new leases
     SUSPENDING = "suspending"  # told to give its memory back, which still counts; takes no lease
-    SLEEPING = "sleeping"  # its process waits, its model is not in memory
+    SLEEPING = "sleeping"  # its process waits, its model is not where it is worked with
     DRAINING = "draining"  # takes no new lease; the leases it has run to their end
     STOPPING = "stopping"  # told to exit; its memory still counts
     STOPPED = "stopped"  # exited and reaped; its memory is free again
@@ -30,7 +30,7 @@ class EngineEvent(StrEnum):
     """What happens to an engine."""
 
     READY = "ready"  # the health probe passed
-    SLEEP = "sleep"  # it is told to give its memory back
+    SLEEP = "sleep"  # it is told to give its memory back, or more of it
     SLEPT = "slept"  # it has
     WAKE = "wake"  # it is told to load again
     DRAIN = "drain"  # it shall leave once its leases have ended
@@ -48,8 +48,18 @@ TRANSITIONS: Final[dict[EngineState, dict[EngineEvent, EngineState]]] = {
         E.STOP: S.STOPPING,
         E.EXITED: S.STOPPED,
     },
-    S.SUSPENDING: {E.SLEPT: S.SLEEPING, E.STOP: S.STOPPING, E.EXITED: S.STOPPED},
-    S.SLEEPING: {E.WAKE: S.STARTING, E.STOP: S.STOPPING, E.EXITED: S.STOPPED},
+    S.SUSPENDING: {
+        E.SLEEP: S.SUSPENDING,
+        E.SLEPT: S.SLEEPING,
+        E.STOP: S.STOPPING,
+        E.EXITED: S.STOPPED,
+    },
+    S.SLEEPING: {
+        E.SLEEP: S.SUSPENDING,
+        E.WAKE: S.STARTING,
+        E.STOP: S.STOPPING,
+        E.EXITED: S.STOPPED,
+    },
     S.DRAINING: {E.DRAIN: S.DRAINING, E.STOP: S.STOPPING, E.EXITED: S.STOPPED},
     # READY and SLEPT here are news that was on its way when the engine was told to stop.
     S.STOPPING: {

@@ -89,6 +89,12 @@ class UnsupportedByEngine(GatewayError):
     status, error_type, code = 400, "invalid_request_error", "unsupported_by_engine"
 
 
+class EngineNotInstalled(GatewayError):
+    """The engine that serves this model is not on this machine; the message says how to get it."""
+
+    status, error_type, code = 503, "server_error", "engine_not_installed"
+
+
 class Unauthorized(GatewayError):
     """The API key is missing or wrong."""
 
@@ -168,10 +174,34 @@ class EngineError(GatewayError):
     status, error_type, code = 502, "server_error", "engine_error"
 
 
+class EngineDied(GatewayError):
+    """The engine says that it is about to end; the request was not served, the next one will be."""
+
+    status, error_type, code = 502, "server_error", "engine_died"
+
+
 class UpstreamUnreachable(GatewayError):
     """A configured upstream does not accept connections; the message names it."""
 
     status, error_type, code = 502, "server_error", "upstream_unreachable"
+
+
+class UpstreamRedirects(GatewayError):
+    """An upstream answers from another address; `detail` names its host. It is not followed."""
+
+    status, error_type, code = 502, "server_error", "upstream_redirects"
+
+
+class UpstreamNotAnApi(GatewayError):
+    """What an upstream answered is a web page or the like: its address is another server's."""
+
+    status, error_type, code = 502, "server_error", "upstream_not_an_api"
+
+
+class UpstreamTimeout(GatewayError):
+    """An upstream sent nothing for as long as `upstream_timeout_s`."""
+
+    status, error_type, code = 504, "server_error", "upstream_timeout"
 
 
 class EngineStartFailed(GatewayError):

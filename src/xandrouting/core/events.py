@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from xandrouting.core.errors import GatewayError
+from xandrouting.core.ladder import Rung
 from xandrouting.core.model import (
     DeviceReading,
     EngineId,
     EngineSpec,
+    Level,
     LoadOptions,
     MemoryUse,
     Placement,
@@ -57,9 +59,24 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class EngineSlept:
-    """The engine has given its memory back and waits to be woken."""
+    """The engine has given its memory back and waits to be woken.
+
+    `use` is what it was then seen to keep; nothing is known of one that only rests.
+    """
 
     engine: EngineId
+    use: MemoryUse = field(default_factory=MemoryUse)
+
+
+@dataclass(frozen=True, slots=True)
+class SleepFailed:
+    """The engine was told to sleep and its memory is not free.
+
+    `hopeless`: it did not even answer, so no other level is worth a try.
+    """
+
+    engine: EngineId
+    hopeless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +133,7 @@ Event: TypeAlias = (
     | Release
     | EngineReady
     | EngineSlept
+    | SleepFailed
     | EngineExited
     | Unload
     | Pin
@@ -149,16 +167,22 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Have this engine give its memory back and wait."""
+    """Have this engine give its memory back and wait, or sleep deeper than it does.
+
+    `rung` is what the level was chosen by; None: there was nothing to choose.
+    """
 
     engine: EngineId
+    level: Level = Level.REST
+    rung: Rung | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
     """End this engine.
 
-    `reason` is `idle`, `evicted`, `options`, `unload`, `cancelled` or `shutdown`.
+    `reason` is `idle`, `evicted`, `options`, `unload`, `cancelled`, `shutdown` or
+    `sleep_failed`.
     """
 
     engine: EngineId

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Final, NewType, Protocol
 
 HOST: Final = "host"
@@ -26,7 +26,7 @@ class Backend(StrEnum):
     LLAMACPP = "llamacpp"
     VLLM = "vllm"
     TRANSFORMERS = "transformers"
-    OLLAMA = "ollama"
+    OLLAMA = "ollama"  # somebody else's server too, whose own calls the gateway knows
     UPSTREAM = "upstream"  # somebody else's server, configured by name; never asked for by clients
 
 
@@ -45,7 +45,7 @@ class ModelKey:
     @property
     def is_local(self) -> bool:
         """Whether it runs here and takes room; somebody else's server does not."""
-        return self.backend is not Backend.UPSTREAM
+        return self.backend not in (Backend.UPSTREAM, Backend.OLLAMA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ class LoadOptions:
     n_parallel: int | None = None  # slots
     gpu_memory_utilization: float | None = None  # share of the card, 0.1 to 1.0
     max_model_len: int | None = None  # tokens
+    tensor_parallel_size: int | None = None  # cards that share it; asked for, not chosen
     embeddings: bool | None = None  # the engine answers /v1/embeddings; only ever asked as True
     cache_type_k: str | None = None  # what a key of the KV cache is stored as: `f16`, `q8_0`, …
     cache_type_v: str | None = None
@@ -103,6 +104,7 @@ class Footprint:
     host: Terms = Terms()
     device: Terms = Terms()  # on all accelerators together
     seen: Figure | None = None
+    start_s: float = 0.5  # until it begins to read its weights, guessed
 
     @property
     def host_bytes(self) -> int:
@@ -129,8 +131,8 @@ class Cost(Protocol):
     def layers(self) -> int:
         """The most `n_gpu_layers` can be; 0 where layers cannot be chosen."""
 
-    def footprint(self, options: LoadOptions) -> Footprint:
-        """Estimate, from the file alone; `options` are settled and filled."""
+    def footprint(self, options: LoadOptions, cards: int = 1) -> Footprint:
+        """Estimate from the file alone, for so many cards; `options` are settled and filled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +142,17 @@ class FixedCost:
     whole: Footprint = Footprint()
     layers: int = 0
 
-    def footprint(self, options: LoadOptions) -> Footprint:  # noqa: ARG002 - the protocol's
+    def footprint(self, options: LoadOptions, cards: int = 1) -> Footprint:  # noqa: ARG002
         """Return the whole."""
         return self.whole
+
+
+class Level(IntEnum):
+    """How an engine sleeps; of the last two the deeper keeps less and takes longer to wake."""
+
+    REST = 0  # it keeps its process alone, and may wake with other options
+    OFFLOADED = 1  # its weights are in main memory; it wakes as it was
+    DROPPED = 2  # its weights must be read again; it wakes as it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +165,8 @@ class EngineSpec:
     first. `revision` changes when the source does, so a failure of the old file is not held
     against the new one. `learned_as` names the file and the engine's version, for figures of
     earlier loads; empty: none are kept. `sleeper_bytes` is what the engine's process takes of
-    main memory while it sleeps; None: it cannot sleep.
+    main memory while it rests; None: it cannot rest. `sleep_levels` are the ways it can sleep
+    otherwise, from light to deep.
     """
 
     key: ModelKey
@@ -168,8 +179,16 @@ class EngineSpec:
     learned_as: str = ""
     mmproj: str | None = None  # the projector file that gives the model eyes
     files: tuple[str, ...] = ()  # what a load reads, and may be read ahead
+    flags: tuple[str, ...] = ()  # what the model itself asks for on the engine's command line
     sleeper_bytes: int | None = None
+    sleep_levels: tuple[Level, ...] = ()
     siblings: tuple[tuple[str, Cost], ...] = ()  # the same model in other quantizations on disk
+    chosen: str = ""  # why this backend, where the request left it open
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """How an engine of it can sleep, from light to deep; none: it cannot."""
+        return self.sleep_levels if self.sleeper_bytes is None else (Level.REST,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +213,10 @@ class LaunchPlan:
 
     In `argv`, `env` and `order` the launcher replaces `{port}` with the port it chose on the
     engine's machine, and in `env` `{key}` with a key it drew, which the engine asks of its
-    clients. `env` is added to the launcher's own. A line of output that begins with
-    `ready_line` means the engine listens. An empty `health_path`: there is nothing to ask.
-    `base_url` and `api_key` are set only for engines somebody else started.
+    clients, and `{cores}` with the cores it chose for the engine, as `0-3,6`: never all those of
+    an engine beside it, if there are others. `env` is added to the launcher's own. A line of
+    output that begins with `ready_line` means the engine listens. An empty `health_path`: there
+    is nothing to ask. `base_url` and `api_key` are set only for engines somebody else started.
 
     A program with an `order` does nothing until it is told that line on its stdin. Before, it
     is nobody's, and may have been started for another plan with the same `argv` and `env`. Told
@@ -213,6 +233,7 @@ class LaunchPlan:
     rest_order: str = ""
     waiting_line: str = ""
     stop_grace_s: float = 1.0  # from SIGTERM to SIGKILL; the gateway has drained before
+    health_every_s: float | None = None  # how often one that runs is asked; None: its exit tells
     base_url: str | None = None
 
 
@@ -256,6 +277,7 @@ class StartFailure(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     BAD_FILE = "bad_file"
     UNKNOWN_ARCHITECTURE = "unknown_architecture"
+    BAD_OPTION = "bad_option"  # an option it was started with
     MISSING_LIBRARY = "missing_library"
     PORT_IN_USE = "port_in_use"
     KILLED = "killed"

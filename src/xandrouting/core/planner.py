@@ -3,7 +3,8 @@
 The same plan is made for a dry run and for a load. In this order: as asked, where it fits
 beside the others; as asked, once those that leave anyway are gone; as asked, with the idle
 engines gone whose loss is cheapest; then the same with fewer slots; and where the budget
-itself is too small, with fewer layers on the GPU. Only what the request left open is given up.
+itself is too small, with a shorter `max_model_len` or fewer layers on the GPU. Only what the
+request left open is given up.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from xandrouting.core.model import (
 )
 
 MIN_CTX: Final = 512  # a smaller context is no alternative worth naming
+MIN_MODEL_LEN: Final = 2048  # a shorter one is not chosen unasked
+MIN_SHARE, SHARE_STEP = 0.1, 0.05  # of a card, as alternatives
 SMALL_CACHE: Final = "q8_0"  # half of f16
-GUESSED_START_S: Final = 0.5  # of an engine nobody has loaded yet
 GUESSED_BYTES_PER_S: Final = 1.5e9
 
 FootprintOf = Callable[[LoadOptions, Placement], Footprint]
@@ -183,12 +185,13 @@ def expected_load_s(footprint: Footprint, learned_s: float | None) -> float:
     if footprint.engines == 0:
         return 0.0
     weights = footprint.host.weights + footprint.device.weights
-    return GUESSED_START_S + weights / GUESSED_BYTES_PER_S
+    return footprint.start_s + weights / GUESSED_BYTES_PER_S
 
 
 def never(spec: EngineSpec, wants: LoadOptions, among: Surroundings) -> Plan:
     """Return the smallest form of what does not fit, where it lacks least."""
-    smallest = list(_fewer_slots(spec, wants))[-1]
+    fewest = list(_fewer_slots(spec, wants))[-1]
+    *_, smallest = fewest, *_shorter(wants, fewest)
     forms = [smallest]
     if wants.n_gpu_layers is None and spec.cost.layers:
         forms.append(replace(smallest, n_gpu_layers=0))
@@ -214,13 +217,18 @@ def reasons(spec: EngineSpec, wants: LoadOptions, found: Plan, ledger: Ledger) -
     if chosen.n_parallel != full.n_parallel:
         slots = f"{chosen.n_parallel} instead of {full.n_parallel}"
         yield f"n_parallel {slots}: engines may take {room}"
+    if chosen.max_model_len != full.max_model_len:
+        length = f"{chosen.max_model_len} instead of {full.max_model_len}"
+        yield f"max_model_len {length}: engines may take {room}"
     if chosen.n_gpu_layers != full.n_gpu_layers:
         yield (
             f"n_gpu_layers {chosen.n_gpu_layers} of {spec.cost.layers}: more do not fit, engines "
             f"may take {room}"
         )
-    elif placement and wants.n_gpu_layers is None:
-        yield f"all layers fit on {', '.join(placement)}"
+    elif len(placement) == 1 and wants.n_gpu_layers is None:
+        yield f"all layers fit on {placement[0]}"
+    if len(placement) > 1 and wants.tensor_parallel_size is None:
+        yield f"it is shared by {', '.join(placement)}: it does not fit on one of them"
 
 
 def alternatives(
@@ -242,7 +250,7 @@ def alternatives(
 
 
 def _estimate_by(cost: Cost) -> FootprintOf:
-    return lambda options, _: cost.footprint(options)
+    return lambda options, placement: cost.footprint(options, max(1, len(placement)))
 
 
 def _alternative(change: str, model: str, attempt: _Try) -> Alternative:
@@ -268,6 +276,10 @@ def _concessions(spec: EngineSpec, options: LoadOptions) -> Iterator[tuple[str, 
     while slots is not None and slots > 1:
         slots //= 2
         yield "n_parallel", replace(options, n_parallel=slots)
+    share = options.gpu_memory_utilization
+    while share is not None and share - SHARE_STEP >= MIN_SHARE:
+        share = round(share - SHARE_STEP, 2)
+        yield "gpu_memory_utilization", replace(options, gpu_memory_utilization=share)
     if options.cache_type_k == options.cache_type_v == "f16":
         small = replace(options, cache_type_k=SMALL_CACHE, cache_type_v=SMALL_CACHE)
         yield "cache_type", small
@@ -301,9 +313,11 @@ def _room(placement: Placement, ledger: Ledger) -> int:
 
 
 def _tries(spec: EngineSpec, options: LoadOptions, among: Surroundings) -> list[_Try]:
+    shared_by = options.tensor_parallel_size
     return [
         _Try(options, placement, dict(among.footprint_of(options, placement).demands(placement)))
         for placement in spec.placements
+        if shared_by in (None, len(placement))
     ]
 
 
@@ -317,6 +331,14 @@ def _fewer_slots(spec: EngineSpec, wants: LoadOptions) -> Iterator[LoadOptions]:
         yield replace(options, n_parallel=slots)
 
 
+def _shorter(wants: LoadOptions, options: LoadOptions) -> Iterator[LoadOptions]:
+    """Yield the options with ever shorter contexts if the request left that open."""
+    length = options.max_model_len
+    while wants.max_model_len is None and length is not None and length // 2 >= MIN_MODEL_LEN:
+        length //= 2
+        yield replace(options, max_model_len=length)
+
+
 def _best_case(spec: EngineSpec, wants: LoadOptions, among: Surroundings) -> _Try | None:
     """Return the best that fits when all are gone who may leave."""
     options = LoadOptions()
@@ -324,7 +346,11 @@ def _best_case(spec: EngineSpec, wants: LoadOptions, among: Surroundings) -> _Tr
         found = _alone(spec, options, among)
         if found is not None:
             return found
-    if wants.n_gpu_layers is not None:
+    for shorter in _shorter(wants, options):
+        found = _alone(spec, shorter, among)
+        if found is not None:
+            return found
+    if wants.n_gpu_layers is not None or not spec.cost.layers:
         return None
     partly = [
         found

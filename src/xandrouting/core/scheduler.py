@@ -14,7 +14,8 @@ The rules, each tested as a property (`tests/unit/test_scheduler_machine.py`):
 - Two models that share one place do not take turns with every request (`turns.py`).
 - One engine per key at a time; the next incarnation starts when the last one is gone.
 - One that was idle for `soft_idle_s` sleeps, if it can: it keeps its process and gives back
-  its memory. Waking it is a load like any other, with a place in the queue and in the ledger.
+  its memory; how deep, `ladder.py` says. Waking it is a load like any other, with a place in
+  the queue and in the ledger. One that does not wake is replaced by a fresh one.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from xandrouting.core.events import (
     Release,
     Shutdown,
     Sleep,
+    SleepFailed,
     Start,
     Stop,
     Tick,
@@ -52,12 +54,13 @@ from xandrouting.core.events import (
 from xandrouting.core.eviction import Choose, choose
 from xandrouting.core.figures import Figures
 from xandrouting.core.habit import Habit
+from xandrouting.core.ladder import Rung
 from xandrouting.core.ledger import DeviceState, Ledger
 from xandrouting.core.model import (
     ENGINES,
-    HOST,
     EngineId,
     EngineSpec,
+    Level,
     LoadOptions,
     ModelKey,
     Ticket,
@@ -121,7 +124,9 @@ class Scheduler:
             case EngineReady():
                 self._ready(event.engine, now, effects)
             case EngineSlept():
-                self._slept(event.engine, now, effects)
+                self._slept(event, now, effects)
+            case SleepFailed():
+                self._sleep_failed(event, now, effects)
             case EngineExited():
                 self._exited(event, now, effects)
             case Unload():
@@ -157,7 +162,9 @@ class Scheduler:
             wants, found = engine.wants, Plan(Verdict.HIT, engine.options, engine.placement)
         elif engine.will_serve(spec):
             wants, found = engine.wants, Plan(Verdict.WAIT, engine.options, engine.placement)
-        elif engine.sleeps:
+        elif (waking := _woken(engine, spec, among)) is not None:
+            wants, found = engine.wants, waking
+        elif engine.rests:
             wants, found = _planned((union(engine.wants, spec.wants), spec.wants), spec, among)
         else:
             wants, found = _planned((self._successor_of(engine, spec), spec.wants), spec, among)
@@ -241,6 +248,7 @@ class Scheduler:
             0 if line is None else len(line.waiters),
             self._ledger.charge_of(engine.id),
             engine.decision,
+            engine.level if engine.sleeps else None,
         )
 
     # One method per event.
@@ -294,9 +302,14 @@ class Scheduler:
         engine = self._current(engine_id)
         if engine is None:
             return
+        woken_from = engine.wakes_from
         engine.state = step(engine.state, EngineEvent.READY)
         if engine.state is not EngineState.READY:
             return
+        if woken_from is not None:
+            assert engine.told_at is not None
+            self._weigher.ladder.note_woken(engine.spec, woken_from, wake_s=now - engine.told_at)
+        engine.level = None
         engine.idle_since = engine.ready_at = now
         self._backoffs.clear(engine_id.key, fill(engine.wants, engine.spec.defaults))
         line = self._queue.line(engine_id.key)
@@ -308,30 +321,49 @@ class Scheduler:
             self._drain(engine, engine.retire, effects)
         self._advance(now, effects)
 
-    def _slept(self, engine_id: EngineId, now: float, effects: list[Effect]) -> None:
-        engine = self._current(engine_id)
+    def _slept(self, event: EngineSlept, now: float, effects: list[Effect]) -> None:
+        engine = self._current(event.engine)
         if engine is None:
             return
         engine.state = step(engine.state, EngineEvent.SLEPT)
-        if engine.state is EngineState.SLEEPING:
-            self._ledger.charge(engine.id, {HOST: engine.spec.sleeper_bytes or 0})
-            self._advance(now, effects)
+        if engine.state is not EngineState.SLEEPING:
+            return
+        engine.sleep(event.use, now)
+        self._weigher.slept(engine, event.use, now)
+        self._advance(now, effects)
+
+    def _sleep_failed(self, event: SleepFailed, now: float, effects: list[Effect]) -> None:
+        engine = self._current(event.engine)
+        if engine is None or engine.state is not EngineState.SUSPENDING:
+            return
+        assert engine.level is not None
+        self._weigher.ladder.note_failed(engine.spec, engine.level)
+        rung = None if event.hopeless else self._weigher.next_rung(engine)
+        if rung is None:
+            self._stop(engine, "sleep_failed", effects)
+        else:
+            self._put_to_sleep(engine, rung, now, effects)
 
     def _exited(self, event: EngineExited, now: float, effects: list[Effect]) -> None:
         engine = self._current(event.engine)
         if engine is None:
             return
         never_ready = engine.state is EngineState.STARTING
+        wakes_from = engine.wakes_from
         engine.state = step(engine.state, EngineEvent.EXITED)
         engine.idle_since = None
         del self._engines[engine.id.key]
         self._ledger.release(engine.id)
         for line in self._queue.lines():
             line.after.discard(engine.id)
-        if never_ready:
+        if wakes_from is not None:
+            # Not held against its model: those who wait get a fresh one.
+            self._weigher.ladder.note_failed(engine.spec, wakes_from)
+            self._bequeath(engine)
+        elif never_ready:
             self._start_failed(engine, event.failure, now, effects)
-        elif engine.retire == "options" and self._queue.line(engine.id.key) is not None:
-            self._legacies[engine.id.key] = _Legacy(engine.wants, engine.ttl_s)
+        elif engine.retire == "options":
+            self._bequeath(engine)
         self._advance(now, effects)
 
     def _start_failed(
@@ -398,8 +430,11 @@ class Scheduler:
                 continue
             deadline = self._sleep_deadline(engine)
             if deadline is not None and deadline <= now:
-                engine.state = step(engine.state, EngineEvent.SLEEP)
-                effects.append(Sleep(engine.id))
+                rung = self._weigher.next_rung(engine)
+                if rung is None:
+                    engine.stays = True
+                else:
+                    self._put_to_sleep(engine, rung, now, effects)
         self._advance(now, effects)
 
     def _shutdown(self, force: bool, effects: list[Effect]) -> None:
@@ -468,13 +503,16 @@ class Scheduler:
                 spec, now, arrived_at=arrived_at, promised=promised, replaced=engine
             )
             wants, found = self._plan_for(line, engine, among)
+            waking = None if engine is None else _woken(engine, spec, among)
+            if engine is not None and waking is not None:
+                wants, found = engine.wants, waking
             if found.verdict is Verdict.NEVER:
                 # It fitted when it came; other programs have taken the memory since.
                 error = self._too_large(spec, wants, found, among)
                 self._refuse(line.first.ticket, error, effects)
                 return False
-            if engine is not None and not engine.sleeps:  # it does not cover what is asked
-                self._drain(engine, "options", effects)
+            if engine is not None and waking is None and not engine.rests:
+                self._replace(engine, effects)  # it does not cover what is asked
                 promised.add(spec.key)
                 continue
             if spec.files and found.verdict is not Verdict.LOAD and not line.prepared:
@@ -493,7 +531,7 @@ class Scheduler:
                     blocked = True
                 else:
                     decision = _having_evicted(decision, line.victims)
-                    self._start(spec, wants, decision, engine, effects)
+                    self._start(spec, wants, decision, engine, now, effects)
         return True
 
     def _plan_for(
@@ -601,12 +639,14 @@ class Scheduler:
         wants: LoadOptions,
         decision: Decision,
         sleeper: Engine | None,
+        now: float,
         effects: list[Effect],
     ) -> None:
         """Start a new engine of the spec's key, or wake the one that sleeps."""
         engine = self._new_engine(spec, wants, decision) if sleeper is None else sleeper
         if sleeper is not None:
-            sleeper.wake(spec, wants, decision)
+            decision = self._weigher.waking(sleeper, decision)
+            sleeper.wake(spec, wants, decision, now)
         self._ledger.charge(engine.id, dict(engine.footprint.demands(engine.placement)))
         effects.append(
             Start(
@@ -635,6 +675,24 @@ class Scheduler:
             self._habits[key],
         )
         return engine
+
+    def _replace(self, engine: Engine, effects: list[Effect]) -> None:
+        """Let the engine go for one of its key with other options."""
+        if engine.sleeps:
+            engine.retire = "options"
+            self._stop(engine, "options", effects)
+        else:
+            self._drain(engine, "options", effects)
+
+    def _bequeath(self, engine: Engine) -> None:
+        """Have the successor of an engine that is gone serve the same wishes, if one is awaited."""
+        if self._queue.line(engine.id.key) is not None:
+            self._legacies[engine.id.key] = _Legacy(engine.wants, engine.ttl_s)
+
+    def _put_to_sleep(self, engine: Engine, rung: Rung, now: float, effects: list[Effect]) -> None:
+        self._weigher.suspends(engine, rung)
+        engine.fall_asleep(rung.level, now)
+        effects.append(Sleep(engine.id, rung.level, None if rung.level is Level.REST else rung))
 
     def _grant(
         self, ask: Acquire | Waiter, engine: Engine, now: float, effects: list[Effect]
@@ -698,6 +756,8 @@ class Scheduler:
     def _sleep_deadline(self, engine: Engine) -> float | None:
         if self._soft_idle_s is None or engine.id.key.model in self._pinned:
             return None
+        if engine.sleeps and self._queue.line(engine.id.key) is not None:
+            return None
         return engine.sleep_deadline(self._soft_idle_s)
 
 
@@ -706,6 +766,15 @@ def _having_evicted(decision: Decision, victims: tuple[Victim, ...]) -> Decision
     if not victims:
         return decision
     return replace(decision, verdict=Verdict.EVICT, victims=victims)
+
+
+def _woken(engine: Engine, spec: EngineSpec, among: Surroundings) -> Plan | None:
+    """Return how a sleeper can be woken that wakes as it was; None: it is of no use for this."""
+    if not engine.wakes_as_it_was or not engine.does_for(spec):
+        return None
+    there = replace(spec, placements=(engine.placement,))
+    found = planner.plan(there, engine.options, among)
+    return None if found.verdict is Verdict.NEVER else found
 
 
 def _planned(

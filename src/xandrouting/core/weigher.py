@@ -14,6 +14,7 @@ from xandrouting.core.engine import Engine
 from xandrouting.core.engine_state import EngineState
 from xandrouting.core.eviction import Candidate, Choose, choose
 from xandrouting.core.figures import Figures
+from xandrouting.core.ladder import Ladder, Rung
 from xandrouting.core.ledger import Amounts, DeviceState, Ledger
 from xandrouting.core.model import (
     ENGINES,
@@ -22,6 +23,7 @@ from xandrouting.core.model import (
     EngineId,
     EngineSpec,
     Footprint,
+    Level,
     LoadOptions,
     MemoryUse,
     Placement,
@@ -41,16 +43,17 @@ class Together:
 
 
 class Weigher:
-    """The ledger and the figures of earlier loads, asked together."""
+    """The ledger and the figures of earlier loads and sleeps, asked together."""
 
     def __init__(self, ledger: Ledger, figures: Figures, choose: Choose = choose) -> None:
         self.ledger = ledger
+        self.ladder = Ladder()
         self._figures = figures
         self._choose = choose
 
     def footprint(self, spec: EngineSpec, options: LoadOptions, placement: Placement) -> Footprint:
         """Return what such an engine takes: as seen before, else as estimated."""
-        footprint = spec.cost.footprint(options)
+        footprint = spec.cost.footprint(options, max(1, len(placement)))
         seen = self._figures.find(spec.learned_as, spec.key.device, len(placement), options)
         return footprint if seen is None else replace(footprint, seen=seen)
 
@@ -61,7 +64,12 @@ class Weigher:
     def candidate(self, engine: Engine, now: float) -> Candidate:
         """Return what an idle engine's loss is weighed by."""
         assert engine.idle_since is not None
-        reload_s = PROCESS_S if engine.sleeps else self._expected_s(engine.spec, engine.footprint)
+        reload_s = self._expected_s(engine.spec, engine.footprint)
+        if engine.wakes_as_it_was:
+            assert engine.level is not None
+            reload_s = max(PROCESS_S, reload_s - self.rung(engine, engine.level).wake_s)
+        elif engine.sleeps:
+            reload_s = PROCESS_S
         return Candidate(
             engine.id,
             self.ledger.charge_of(engine.id),
@@ -138,7 +146,7 @@ class Weigher:
             learned=footprint.seen is not None,
             devices=devices,
             victims=tuple(Victim.of(candidate) for candidate in found.victims),
-            reasons=tuple(given_up) if fits else (),
+            reasons=(*([spec.chosen] if spec.chosen else ()), *(given_up if fits else ())),
             lacking=() if fits else tuple(planner.lacking(found, among).items()),
             over_budget=not fits and not planner.fits_at_all(spec, wants, alone),
             alternatives=tuple(planner.alternatives(spec, wants, among)) if short else (),
@@ -171,6 +179,63 @@ class Weigher:
                 unsure = engine.ready_at is None or engine.state is EngineState.SUSPENDING
                 (perhaps if unsure else ours).update(untold)
         self.ledger.read(devices, ours, perhaps)
+
+    def next_rung(self, engine: Engine) -> Rung | None:
+        """Return how an idle engine shall sleep, or a sleeper deeper; None: as it does."""
+        if engine.level is Level.OFFLOADED and engine.state is EngineState.SLEEPING:
+            # It has to wake in between, and nobody leaves for that.
+            charge = self.ledger.charge_of(engine.id)
+            if self.ledger.lacks(self.awake_amounts(engine), freed=charge):
+                return None
+        current = None if engine.state is EngineState.READY else engine.level
+        return self.ladder.next(
+            engine.spec,
+            current,
+            weights_bytes=engine.footprint.device.weights,
+            host_free_bytes=self.ledger.free(HOST),
+            cold_s=self._expected_s(engine.spec, engine.footprint),
+        )
+
+    def suspends(self, engine: Engine, rung: Rung) -> None:
+        """Charge an engine what it takes while it falls asleep, or sleeps deeper."""
+        if engine.sleeps:
+            self.ledger.charge(engine.id, self.awake_amounts(engine))
+        charge = dict(self.ledger.charge_of(engine.id))
+        charge[HOST] = charge.get(HOST, 0) + rung.takes_bytes
+        self.ledger.charge(engine.id, charge)
+
+    def slept(self, engine: Engine, use: MemoryUse, now: float) -> None:
+        """Charge a sleeper what it keeps, and remember what its level took."""
+        spec, level = engine.spec, engine.level
+        assert level is not None
+        assert engine.told_at is not None
+        rung = self.rung(engine, level)
+        awake_bytes = engine.most[HOST] or engine.footprint.host_bytes
+        asleep_bytes = awake_bytes if spec.sleeper_bytes is None else spec.sleeper_bytes
+        kept = {HOST: asleep_bytes + rung.takes_bytes, **engine.kept}
+        self.ledger.charge(engine.id, engine.charge_for(use) or kept)
+        grown_bytes = 0 if use.host_bytes is None else use.host_bytes - awake_bytes
+        self.ladder.note_slept(spec, level, sleep_s=now - engine.told_at, grown_bytes=grown_bytes)
+
+    def waking(self, engine: Engine, decision: Decision) -> Decision:
+        """Return the decision of a load with what is known of waking this sleeper."""
+        if not engine.wakes_as_it_was:
+            return decision
+        assert engine.level is not None
+        rung = self.rung(engine, engine.level)
+        return replace(decision, expected_s=rung.wake_s, learned=rung.measured)
+
+    def rung(self, engine: Engine, level: Level) -> Rung:
+        """Return what a level costs for an engine."""
+        return self.ladder.rung(engine.spec, level, engine.footprint.device.weights)
+
+    def awake_amounts(self, engine: Engine) -> Amounts:
+        """Return what a sleeper has of each device at most, while it wakes to sleep deeper."""
+        most = Counter(self.ledger.charge_of(engine.id))
+        for device, amount in engine.footprint.demands(engine.placement):
+            if device != ENGINES:
+                most[device] = max(most[device], amount)
+        return most
 
     def _expected_s(self, spec: EngineSpec, footprint: Footprint) -> float:
         learned_s = self._figures.load_s(spec.learned_as, spec.key.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from xandrouting.core.model import (
     Cost,
     EngineSpec,
     LaunchPlan,
+    Level,
     LoadOptions,
     Placement,
     StartFailure,
@@ -51,6 +52,10 @@ class ModelFacts:
     key_length_swa: int | None = None  # in layers that see a window
     value_length_swa: int | None = None
     keys_only: bool = False  # values are kept inside the keys (MLA)
+    kv_values: int | None = None  # what one layer keeps of one token, where the parts are unknown
+    full_layers: int = 0  # of a folder's model: layers that keep all tokens
+    sliding_layers: int = 0  # and those that keep a window
+    chat_template: str = ""
     sliding_window: int | None = None
     sliding_pattern: PerLayer = None  # one layer in so many is full; a tuple: 1 slides
     state: StateFacts | None = None  # some or all layers keep one
@@ -63,6 +68,15 @@ class ModelFacts:
     embedding_type: str | None = None  # of the same
     output_bytes: int = 0  # of the one that turns vectors into tokens; 0: the same table
     mmproj_bytes: int = 0  # of the projector that gives it eyes
+
+
+def visible_devices(placement: Placement, cards: Sequence[str]) -> str:
+    """Return a placement as CUDA_VISIBLE_DEVICES; `cards` are their names there, by number.
+
+    No names: CUDA counts as we do.
+    """
+    numbers = [int(card.removeprefix("cuda:")) for card in placement]
+    return ",".join(cards[number] if cards else str(number) for number in numbers)
 
 
 class Phase(StrEnum):
@@ -108,6 +122,31 @@ class Slots(Protocol):
         """Return how many tokens were read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A POST to an engine; `answer` is what its answer must hold at least."""
+
+    path: bytes
+    body: bytes = b""
+    answer: Mapping[str, object] = field(default_factory=dict)
+
+
+class SleepCalls(Protocol):
+    """How an engine is put to sleep and woken by its own HTTP calls, in this order each.
+
+    A call's answer is not believed: who calls looks whether the memory is free.
+    """
+
+    def levels_on(self, device: str) -> tuple[Level, ...]:
+        """Return how engines on `device` can sleep, from light to deep; none: they cannot."""
+
+    def suspend(self, level: Level, current: Level | None) -> Sequence[Call]:
+        """Return the calls that bring one to `level` that sleeps at `current`; None: is awake."""
+
+    def resume(self, level: Level) -> Sequence[Call]:
+        """Return the calls after which one that sleeps at `level` takes requests."""
+
+
 class EngineAdapter(Protocol):
     """One engine: from a spec to a plan. It starts nothing and opens nothing."""
 
@@ -121,7 +160,15 @@ class EngineAdapter(Protocol):
 
     @property
     def sleeper_bytes(self) -> int | None:
-        """What its process takes while it sleeps; None: it cannot."""
+        """What its process takes while it rests by its plan's order; None: it cannot."""
+
+    @property
+    def sleep(self) -> SleepCalls | None:
+        """How it sleeps by calls; None: it does not."""
+
+    @property
+    def spare_bytes(self) -> int:
+        """What a spare takes of main memory."""
 
     def spare(self) -> LaunchPlan | None:
         """Return the plan of a process that waits for any model's order; None: there is none."""
@@ -148,11 +195,23 @@ class EngineAdapter(Protocol):
         `slot_folder` is where it may save conversations; empty: nowhere.
         """
 
+    def flags(self, facts: ModelFacts) -> tuple[str, ...]:
+        """Return what the model itself asks for on the engine's command line."""
+
     def phase(self, tail: Sequence[str]) -> Phase:
         """Tell from its last lines what a loading engine is at."""
 
     def classify(self, tail: Sequence[str], status: int | None) -> StartFailure:
         """Tell from its last lines and exit status why a start failed."""
+
+    def progress(self, tail: Sequence[str]) -> float | None:
+        """Return the share of the weights it has read, by its own words; None: it does not say."""
+
+    def reason(self, tail: Sequence[str]) -> str:
+        """Return its own words for why a start failed, as a client may read them, or nothing."""
+
+    def shares(self, facts: ModelFacts, cards: int) -> Sequence[int]:
+        """Return how many of so many cards an engine of this model may use, the fewest first."""
 
     def explain(self, status: int, error: Mapping[str, Any], path: str) -> GatewayError | None:
         """Return what an error answer of the engine means; None: what its status says."""

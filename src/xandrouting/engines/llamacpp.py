@@ -20,7 +20,7 @@ from xandrouting.core.model import (
     Placement,
     StartFailure,
 )
-from xandrouting.engines.base import ModelFacts, Phase
+from xandrouting.engines.base import ModelFacts, Phase, visible_devices
 from xandrouting.engines.llamacpp_memory import CACHE_TYPE, DEFAULT_CTX, cost_of
 from xandrouting.engines.llamacpp_slots import LlamaSlots
 
@@ -116,6 +116,12 @@ class LlamaCpp:
     backend: Final = Backend.LLAMACPP
     slots: Final = LlamaSlots()
     sleeper_bytes: Final = 32 << 20
+    spare_bytes: Final = sleeper_bytes
+    sleep: Final = None
+
+    def __init__(self, cards: Sequence[str] = ()) -> None:
+        """`cards` are the names CUDA_VISIBLE_DEVICES knows them by; none: their numbers."""
+        self._cards = cards
 
     def spare(self) -> LaunchPlan | None:
         """Return the plan of a runner that waits; its order is never given."""
@@ -173,7 +179,7 @@ class LlamaCpp:
         slots = options.n_parallel or 1
         layers = options.n_gpu_layers or 0
         # A card without a layer would only lose memory to CUDA's context.
-        cards = [card.removeprefix("cuda:") for card in placement] if layers else []
+        cards = placement if layers else ()
         pooling = None
         if options.embeddings:
             # A chat model's file does not say how to make one vector of many.
@@ -190,9 +196,13 @@ class LlamaCpp:
             embeddings=pooling,
             slot_folder=slot_folder,
             warmup=bool(cards),  # on a CPU it costs what it saves
-            env={"CUDA_VISIBLE_DEVICES": ",".join(cards)},
+            env={"CUDA_VISIBLE_DEVICES": visible_devices(cards, self._cards)},
         )
         return _launch_plan(order.line())
+
+    def flags(self, facts: ModelFacts) -> tuple[str, ...]:  # noqa: ARG002
+        """Return none: llama.cpp reads the model's own template."""
+        return ()
 
     def phase(self, tail: Sequence[str]) -> Phase:
         """Tell by the lines llama.cpp prints at its usual verbosity."""
@@ -209,6 +219,18 @@ class LlamaCpp:
                 return failure
         killed = status in (-signal.SIGKILL, -signal.SIGTERM)  # it aborts by other signals
         return StartFailure.KILLED if killed else StartFailure.EXITED
+
+    def progress(self, tail: Sequence[str]) -> float | None:  # noqa: ARG002
+        """Return None: it maps the file, and its memory tells how far it is."""
+        return None
+
+    def reason(self, tail: Sequence[str]) -> str:  # noqa: ARG002
+        """Return nothing: llama.cpp's error lines are for its developers."""
+        return ""
+
+    def shares(self, facts: ModelFacts, cards: int) -> Sequence[int]:  # noqa: ARG002
+        """Return one card, or all of them: it deals its layers out."""
+        return (1,) if cards == 1 else (1, cards)
 
     def explain(self, status: int, error: Mapping[str, Any], path: str) -> GatewayError | None:
         """Return the request's fault where llama.cpp's status hides it."""

@@ -119,7 +119,7 @@ class LlamaCost:
     logits: int  # of each token whose logits are asked for
     mmproj_bytes: int
 
-    def footprint(self, options: LoadOptions) -> Footprint:
+    def footprint(self, options: LoadOptions, cards: int = 1) -> Footprint:  # noqa: ARG002
         """Estimate; unset options count as the adapter's defaults."""
         n_ctx = options.n_ctx or DEFAULT_CTX
         slots = options.n_parallel or 1

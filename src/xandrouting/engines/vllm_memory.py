@@ -9,7 +9,7 @@ was measured.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from xandrouting.core.model import Footprint, LoadOptions, Terms
@@ -26,8 +26,13 @@ _CPU_BLOCK: Final = 128
 # 1.80 to 1.83 GB for a 135M model with 50 to 1,074 MB of KV cache, 1.67 GB for a 17M one.
 # For an engine on a GPU not measured: CUDA's libraries are larger.
 _PROCESSES_BYTES: Final = 1_800_000_000
+# Each further card has a worker of its own. Not measured here: as one Python process with torch.
+_WORKER_BYTES: Final = 900_000_000
 # Compiling instead of `--enforce-eager` took 0.28 GB more at its peak on a CPU.
 _COMPILER_BYTES: Final = 300_000_000
+# Its three processes import it one after the other; 23 to 30 s from start to ready on two cores.
+_START_S: Final = 25.0
+_COMPILE_S: Final = 60.0  # once for a model and its options, then it is cached; not measured
 # Neither is measured here.
 _CUDA_CONTEXT_BYTES: Final = 512 * _MIB
 _CUDA_GRAPHS_BYTES: Final = 512 * _MIB
@@ -38,6 +43,9 @@ _HIDDEN_BUFFERS: Final = 4
 _INTERMEDIATE_BUFFERS: Final = 3
 # Not measured here: logits and their sorted copy, order, softmax and sum, as the sampler makes.
 _BYTES_PER_LOGIT: Final = 24
+# What every sequence but one is given of the KV cache. They share it by the block, so a few
+# long ones beside short ones fit too; when it runs out, vLLM lets one wait.
+USUAL_TOKENS: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,28 +69,44 @@ class VllmCost:
     on_cpu: bool = False
     eager: bool = False  # `--enforce-eager`: nothing is compiled, no CUDA graphs
     batched_tokens: int = 2048  # vLLM's own choice; 8192 on cards of 70 GiB and more
+    card_bytes: int = 0  # of the smallest card, for `gpu_memory_utilization`; 0: not known
 
     @property
     def layers(self) -> int:
         """0: vLLM runs all layers in one place."""
         return 0
 
-    def footprint(self, options: LoadOptions) -> Footprint:
-        """Estimate; `n_parallel` sequences may have the full length at once."""
+    def footprint(self, options: LoadOptions, cards: int = 1) -> Footprint:
+        """Estimate; a share of the card that is asked for is taken, the KV cache fills it."""
         max_model_len = options.max_model_len
         if max_model_len is None:
             max_model_len = self.context_length
         concurrency = 1 if options.n_parallel is None else options.n_parallel
         processes = _PROCESSES_BYTES + (0 if self.eager else _COMPILER_BYTES)
+        start_s = _START_S if self.eager else _START_S + _COMPILE_S
         engine = Terms(
             weights=self.weights_bytes,
-            kv_cache=self.kv_bytes(max_model_len, concurrency),
-            compute=self._compute_bytes(concurrency),
-            overhead=processes if self.on_cpu else self._cuda_bytes(),
+            kv_cache=self.cache_bytes(max_model_len, concurrency),
+            compute=self._compute_bytes(concurrency) * cards,
+            overhead=processes if self.on_cpu else self._cuda_bytes() * cards,
         )
         if self.on_cpu:
-            return Footprint(host=engine)
-        return Footprint(host=Terms(overhead=processes), device=engine)
+            return Footprint(host=engine, start_s=start_s)
+        if options.gpu_memory_utilization is not None:
+            wanted = int(options.gpu_memory_utilization * self.card_bytes) * cards
+            more = max(0, wanted - engine.total)
+            engine = replace(engine, kv_cache=engine.kv_cache + more)
+        workers = _WORKER_BYTES * (cards - 1)
+        return Footprint(
+            host=Terms(overhead=processes + workers), device=engine, start_s=start_s
+        )
+
+    def cache_bytes(self, max_model_len: int, concurrency: int) -> int:
+        """Return a KV cache for one sequence of `max_model_len` tokens beside usual ones."""
+        longest = self.kv_bytes(max_model_len, 1)
+        usual = min(max_model_len, USUAL_TOKENS)
+        one_more = self.kv_bytes(usual, 2) - self.kv_bytes(usual, 1)
+        return longest + (concurrency - 1) * one_more
 
     def kv_bytes(self, max_model_len: int, concurrency: int) -> int:
         """Return the least KV cache that holds `concurrency` sequences of `max_model_len` tokens.

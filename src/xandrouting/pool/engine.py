@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from xandrouting.core.errors import GatewayError
 from xandrouting.core.events import Start
-from xandrouting.core.model import EngineId, EngineSpec, MemoryUse
+from xandrouting.core.model import EngineId, EngineSpec, Level, MemoryUse
 from xandrouting.core.planner import Decision
 from xandrouting.engines.base import EngineAdapter, Phase
 from xandrouting.launch.base import Handle
@@ -68,7 +68,9 @@ class Engine:
     used_at: float | None = None
     memory: MemoryUse = field(default_factory=MemoryUse)
     learned: bool = False  # what it takes was noted since it is ready
+    level: Level | None = None  # how it sleeps, or did before it was woken
     sleep_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    deeper: asyncio.Event = field(default_factory=asyncio.Event)  # it sleeps, at another level
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
     stop_reason: str | None = None
@@ -98,12 +100,23 @@ class Engine:
         asked = self.sleep_asked.is_set() or self.stop_asked.is_set()
         return self.ready is not None and not asked
 
+    @property
+    def wakes_by_calls(self) -> bool:
+        """Whether it loads by waking from a sleep that kept its process as it was."""
+        return self.start.wakes and self.level is not Level.REST
+
+    def sleep(self, level: Level) -> None:
+        """Be told to sleep, or to sleep deeper."""
+        self.level = level
+        (self.deeper if self.sleep_asked.is_set() else self.sleep_asked).set()
+
     def wake(self, start: Start, decision: Decision, now: float) -> None:
         """Load again: what was known of its last load and its memory holds no more."""
         self.start, self.decision, self.started = start, decision, now
         self.ready = self.loaded_at = None
         self.memory = MemoryUse()
-        self.learned = self.granted = False
+        self.learned = self.wakes_by_calls  # how long a load takes is not learned from a wake
+        self.granted = False
         self.sleep_asked.clear()
         self.woken.set()
 
@@ -118,14 +131,17 @@ class Engine:
         footprint = self.decision.footprint
         whole = footprint.host_bytes + footprint.device_bytes
         taken = (self.memory.host_bytes or 0) + (self.memory.device_bytes or 0)
-        fraction = taken / whole if taken and whole else None
+        tail = () if self.handle is None else self.handle.tail()
+        fraction = self.adapter.progress(tail)
+        if fraction is None:
+            fraction = taken / whole if taken and whole else None
         seconds_left = None
         if self.decision.learned and self.decision.expected_s:
             fraction = max(fraction or 0.0, elapsed_s / self.decision.expected_s)
             seconds_left = max(0.0, self.decision.expected_s - elapsed_s)
         elif fraction:
             seconds_left = max(0.0, elapsed_s * (1.0 - fraction) / fraction)
-        phase = Phase.STARTING if self.handle is None else self.adapter.phase(self.handle.tail())
+        phase = Phase.STARTING if self.handle is None else self.adapter.phase(tail)
         return Loading(phase, None if fraction is None else min(fraction, ALMOST), seconds_left)
 
 

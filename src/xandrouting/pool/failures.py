@@ -9,6 +9,7 @@ from xandrouting.core.errors import (
     GatewayError,
     InsufficientMemory,
     InvalidModelFile,
+    InvalidRequest,
     LoadingTimeout,
 )
 from xandrouting.core.model import StartFailure
@@ -18,7 +19,7 @@ _FACES: dict[StartFailure, tuple[type[GatewayError], str]] = {
         InsufficientMemory,
         (
             "There is not enough memory to load {model}. Unload other models, ask for a smaller "
-            "n_ctx, or use a smaller quantization."
+            "context, or use a smaller quantization. {reason}"
         ),
     ),
     StartFailure.BAD_FILE: (
@@ -29,8 +30,12 @@ _FACES: dict[StartFailure, tuple[type[GatewayError], str]] = {
         InvalidModelFile,
         (
             "{model} cannot be loaded: this version of the engine does not know its architecture. "
-            "Update the engine or choose another model."
+            "Update the engine or choose another model. {reason}"
         ),
+    ),
+    StartFailure.BAD_OPTION: (
+        InvalidRequest,
+        "{model} cannot be loaded with these options. {reason}",
     ),
     StartFailure.MISSING_LIBRARY: (
         EngineStartFailed,
@@ -47,7 +52,7 @@ _FACES: dict[StartFailure, tuple[type[GatewayError], str]] = {
         EngineStartFailed,
         (
             "The engine was killed while it loaded {model}, most often for want of memory. "
-            "Unload other models or ask for a smaller n_ctx."
+            "Unload other models or ask for a smaller context."
         ),
     ),
     StartFailure.STALLED: (
@@ -65,15 +70,22 @@ _FACES: dict[StartFailure, tuple[type[GatewayError], str]] = {
 
 
 def start_error(
-    model: str, failure: StartFailure, tail: Sequence[str], *, stall_s: float, status: int | None
+    model: str,
+    failure: StartFailure,
+    tail: Sequence[str],
+    *,
+    reason: str,
+    stall_s: float,
+    status: int | None,
 ) -> GatewayError:
     """Return the error those who wait for `model` get; the last 20 lines go to `detail`.
 
-    `status` is the engine's exit status; None: it did not end by itself.
+    `reason` is what the engine said of it, for a client's eyes; empty: nothing. `status` is
+    the engine's exit status; None: it did not end by itself.
     """
     kind, text = _FACES[failure]
     return kind(
-        text.format(model=model, stall_s=stall_s),
+        text.format(model=model, stall_s=stall_s, reason=reason).rstrip(),
         detail="\n".join(tail[-20:]),
         details={"reason": str(failure), "exit_code": status},
         retry_after_s=5.0 if kind.status == 503 else None,

@@ -9,18 +9,14 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Container, Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Self, TypeVar, assert_never
+from collections.abc import Callable, Container, Mapping
+from typing import Self, assert_never
 
 from xandrouting.core.engine import EngineView
-from xandrouting.core.errors import EngineStartFailed, GatewayError, LoadingTimeout
+from xandrouting.core.errors import GatewayError, LoadingTimeout
 from xandrouting.core.events import (
     Acquire,
     Effect,
-    EngineExited,
-    EngineReady,
-    EngineSlept,
     Event,
     Grant,
     Measured,
@@ -36,54 +32,26 @@ from xandrouting.core.events import (
     Unload,
 )
 from xandrouting.core.ledger import DeviceState
-from xandrouting.core.model import (
-    HOST,
-    Backend,
-    EngineId,
-    EngineSpec,
-    LaunchPlan,
-    MemoryUse,
-    ModelKey,
-    StartFailure,
-    Ticket,
-)
+from xandrouting.core.model import Backend, EngineId, EngineSpec, MemoryUse, ModelKey, Ticket
 from xandrouting.core.planner import Decision
 from xandrouting.core.scheduler import Scheduler
-from xandrouting.engines.base import EngineAdapter
-from xandrouting.launch.base import Handle, Launcher, Survey
-from xandrouting.net.client import Client
-from xandrouting.pool.beside import beside
+from xandrouting.launch.base import Launcher, Survey
 from xandrouting.pool.engine import Engine, EngineNews, Loading, News, described, retry_after_s
-from xandrouting.pool.failures import start_error
+from xandrouting.pool.kind import Kind
 from xandrouting.pool.learning import Learning
-from xandrouting.pool.memory import is_freed, others_bytes, unmapped_bytes
-from xandrouting.pool.parking import Parking, SavedSlot
-from xandrouting.pool.probe import Health, StartError, http_health, until_ready
+from xandrouting.pool.life import Life
+from xandrouting.pool.memory import unmapped_bytes
+from xandrouting.pool.parking import Parking
+from xandrouting.pool.preparing import Preparing
+from xandrouting.pool.probe import Health, http_health
+from xandrouting.pool.shell import Counts, Shell
+from xandrouting.pool.sleeping import Post, http_post
+from xandrouting.pool.tasks import Tasks
+from xandrouting.pool.watching import Watch
 
-_T = TypeVar("_T")
+__all__ = ["Claim", "EnginePool", "Kind"]
 
 log = logging.getLogger(__name__)
-
-SURVEY_EVERY_S: Final = 2.0  # how old the shown memory may be
-SURVEY_LOADS_S: Final = 1.0  # the same while something loads
-FREED_POLL_S: Final = 0.05
-SPARE_WAIT_S: Final = 5.0  # a first answer that takes longer has its processor for long anyway
-# Not for other options, which a conversation would not fit, nor where nobody waits for it to end.
-PARKED_WHEN: Final = frozenset(("idle", "evicted", "unload", "shutdown"))
-REST_S: Final = 10.0  # an engine that has not begun to sleep by then hangs
-FREED_WAIT_S: Final = 3.0  # from an engine's end to its memory's being free again; then it is lost
-
-
-class _StopAsked(Exception):
-    """The engine was told to stop while something was under way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """How engines of one backend are made: who plans them and who runs them."""
-
-    adapter: EngineAdapter
-    launcher: Launcher
 
 
 class Claim:
@@ -145,6 +113,7 @@ class EnginePool:
         parking: Parking | None = None,
         spares: Container[Backend] = (),
         health: Health = http_health,
+        post: Post = http_post,
         on_news: Callable[[EngineNews], None] = lambda _: None,
         on_survey: Callable[[], None] = lambda: None,
     ) -> None:
@@ -156,35 +125,49 @@ class EnginePool:
         self._scheduler = scheduler
         self._kinds = kinds
         self._node = node
-        self._learning = learning
-        self._parking = parking
-        self._spares = spares
-        self._reading: dict[ModelKey, asyncio.Task[None]] = {}  # files of loads to come
         self._on_news = on_news
-        self._on_survey = on_survey
-        self._survey = Survey()
-        self._freeing: dict[EngineId, MemoryUse] = {}  # of engines gone, whose memory may not be
-        self._survey_wanted = asyncio.Event()
-        self._load_stall_s = load_stall_s
-        self._health = health
         self._engines: dict[EngineId, Engine] = {}
         self._claims: dict[Ticket, Claim] = {}
         self._spellings: dict[ModelKey, str] = {}
         self._numbers = itertools.count(1)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._monitor: asyncio.Task[None] | None = None
-        self._closing = False
         self._timer: asyncio.TimerHandle | None = None
-        self.loads = 0  # engines that became ready
-        self.load_failures = 0
-        self.evictions = 0
+        self._counts = Counts()
+        self._watch = Watch(
+            node,
+            self._engines,
+            learning=learning,
+            parking=parking,
+            on_measured=self._on_measured,
+            on_news=on_news,
+            on_survey=on_survey,
+        )
+        self._preparing = Preparing(
+            kinds,
+            self._tasks,
+            spares=spares,
+            devices=scheduler.devices,
+            unmapped_bytes=lambda: unmapped_bytes(self._watch.survey),
+        )
+        self._shell = Shell(
+            dispatch=self._dispatch,
+            on_news=on_news,
+            watch=self._watch,
+            preparing=self._preparing,
+            tasks=self._tasks,
+            parking=parking,
+            health=health,
+            post=post,
+            load_stall_s=load_stall_s,
+            counts=self._counts,
+        )
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._take(await self._node.survey())
-        for kind in self._kinds.values():
-            self._keep(self._prepare_spare(kind))
-        self._monitor = self._loop.create_task(self._survey_on())
+        await self._watch.look()
+        self._preparing.begin()
+        self._monitor = self._loop.create_task(self._watch.run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -281,7 +264,7 @@ class EnginePool:
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new work, let running requests end for at most `grace_s`, end every engine."""
-        self._spares = ()  # there will be no next load
+        self._preparing.end_spares()
         self._dispatch(Shutdown())
         waiting = [engine.gone.wait() for engine in self._engines.values()]
         try:
@@ -294,12 +277,10 @@ class EnginePool:
 
     async def aclose(self) -> None:
         """End every engine now."""
-        self._closing = True
+        self._watch.end()
         self._dispatch(Shutdown(force=True))
-        for reading in self._reading.values():
-            reading.cancel()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        self._preparing.end()
+        await self._tasks.until_done()
         if self._monitor is not None:
             self._monitor.cancel()
             await asyncio.wait({self._monitor})
@@ -338,12 +319,27 @@ class EnginePool:
     @property
     def spares(self) -> tuple[MemoryUse, ...]:
         """What the processes take that wait for the next load, when last measured."""
-        return self._survey.spares
+        return self._watch.survey.spares
 
     @property
     def queued(self) -> int:
         """How many requests wait for an engine."""
         return self._scheduler.queued
+
+    @property
+    def loads(self) -> int:
+        """How many engines became ready, those that were woken included."""
+        return self._counts.loads
+
+    @property
+    def load_failures(self) -> int:
+        """How many never did."""
+        return self._counts.load_failures
+
+    @property
+    def evictions(self) -> int:
+        """How many left to make room."""
+        return self._counts.evictions
 
     # The scheduler's side.
 
@@ -378,9 +374,9 @@ class EnginePool:
             case Start():
                 self._start(effect)
             case Prepare(spec):
-                self._read_ahead(spec)
-            case Sleep(engine_id):
-                self._engines[engine_id].sleep_asked.set()
+                self._preparing.read_ahead(spec)
+            case Sleep():
+                self._sleep(effect)
             case Stop():
                 self._stop(effect)
             case _:
@@ -418,307 +414,48 @@ class EnginePool:
             start.options,
             ",".join(start.placement),
         )
-        self._read_ahead(start.spec)
-        self._keep(self._run(engine, kind))
+        self._preparing.read_ahead(start.spec)
+        self._tasks.keep(self._run(engine, kind))
         self._on_news(EngineNews(News.STARTING, engine, decision=start.decision))
-        self._survey_wanted.set()
+        self._watch.hurry()
 
     def _wake(self, start: Start) -> None:
         engine = self._engines[start.engine]
         assert start.decision is not None  # every start has one
         log.info("engine waking engine=%s %s", engine.id, start.options)
         engine.wake(start, start.decision, self._loop.time())
-        self._read_ahead(start.spec)
+        self._preparing.read_ahead(start.spec)
         self._on_news(EngineNews(News.STARTING, engine, decision=start.decision))
-        self._survey_wanted.set()
+        self._watch.hurry()
+
+    def _sleep(self, sleep: Sleep) -> None:
+        if sleep.rung is not None:
+            log.info(
+                "engine falls asleep engine=%s level=%d wake_s=%.2f measured=%s",
+                sleep.engine,
+                sleep.level,
+                sleep.rung.wake_s,
+                sleep.rung.measured,
+            )
+        self._engines[sleep.engine].sleep(sleep.level)
 
     def _stop(self, stop: Stop) -> None:
         engine = self._engines[stop.engine]
         log.info("engine stopping engine=%s reason=%s force=%s", engine.id, stop.reason, stop.force)
-        self.evictions += stop.reason == "evicted"
+        self._counts.evictions += stop.reason == "evicted"
         engine.forced = engine.forced or stop.force
         engine.stop_reason = engine.stop_reason or stop.reason
         if stop.force and engine.stop_asked.is_set() and engine.handle is not None:
-            self._keep(engine.handle.stop(grace_s=0.0))  # hurry the stop that is under way
+            self._tasks.keep(engine.handle.stop(grace_s=0.0))  # hurry the stop that is under way
         engine.stop_asked.set()
         self._on_news(EngineNews(News.STOPPING, engine, stop.reason, stop.decision))
 
     async def _run(self, engine: Engine, kind: Kind) -> None:
-        failure: GatewayError | None = None
-        try:
-            failure = await self._live(engine, kind)
-        except Exception:  # the edge of the engine's task
-            log.exception("engine task failed engine=%s", engine.id)
-            self.load_failures += engine.ready is None
-            failure = EngineStartFailed(
-                f"Starting {engine.spec.key.model} failed inside the server."
-            )
-        finally:
-            log.info("engine gone engine=%s", engine.id)
-            self._on_news(EngineNews(News.GONE, engine, error=failure))
-            self._dispatch(EngineExited(engine.id, failure))
-            del self._engines[engine.id]
-            engine.gone.set()
+        await Life(engine, kind, self._shell).run()
+        del self._engines[engine.id]
+        engine.gone.set()
 
-    async def _live(self, engine: Engine, kind: Kind) -> GatewayError | None:
-        """Run the engine to its end; return why its last load failed, if it did."""
-        plan = self._plan(engine, kind)
-        try:
-            handle = await _unless_stopped(engine, kind.launcher.start(engine.id, plan))
-        except _StopAsked:
-            return None
-        except GatewayError as error:
-            return self._failed(engine, error)
-        engine.handle = handle
-        try:
-            await _unless_stopped(engine, self._load(engine, handle, plan, kind))
-            self._became_ready(engine)
-            self._keep(self._replace_spare(engine, kind))
-            while await _unless_stopped(engine, self._serves_until_sleep(engine, handle)):
-                again = await _unless_stopped(engine, self._rest(engine, handle, kind))
-                if again is None:
-                    break
-                plan = again
-                await _unless_stopped(engine, self._load(engine, handle, plan, kind))
-                self._became_ready(engine)
-        except _StopAsked:
-            pass
-        except StartError as error:
-            failure = error.failure or kind.adapter.classify(handle.tail(), error.status)
-            if failure is StartFailure.KILLED and handle.killed_for_memory:
-                failure = StartFailure.OUT_OF_MEMORY
-            model = engine.spec.key.model
-            tail, stall_s = handle.tail(), self._load_stall_s
-            return self._failed(
-                engine, start_error(model, failure, tail, stall_s=stall_s, status=error.status)
-            )
-        finally:
-            try:
-                if engine.stop_reason in PARKED_WHEN and handle.exit_status is None:
-                    await self._park(engine, kind)
-            finally:  # whatever becomes of its conversations, it ends
-                if engine.client is not None:
-                    engine.client.close()
-                self._keep(self._prepare_spare(kind))
-                await handle.stop(grace_s=0.0 if engine.forced else plan.stop_grace_s)
-                await self._until_freed(engine)
-        return None
-
-    def _plan(self, engine: Engine, kind: Kind) -> LaunchPlan:
-        start, parking = engine.start, self._parking
-        keeps = parking is not None and kind.adapter.slots is not None
-        return kind.adapter.plan(
-            start.spec,
-            start.options,
-            placement=start.placement,
-            slot_folder=parking.folder if keeps and parking is not None else "",
-        )
-
-    async def _load(self, engine: Engine, handle: Handle, plan: LaunchPlan, kind: Kind) -> None:
-        """Wait until the engine takes requests, and give it back its conversations."""
-        async with beside(self._fetch(engine, kind)) as fetching:
-            api_key = handle.api_key or None
-            engine.client = client = Client(handle.base_url, api_key=api_key)
-            await until_ready(handle, plan, client, stall_s=self._load_stall_s, health=self._health)
-            parked = await fetching
-        if parked and self._parking is not None and kind.adapter.slots is not None:
-            await self._parking.restore(engine.start, parked, client, kind.adapter.slots)
-
-    async def _fetch(self, engine: Engine, kind: Kind) -> tuple[SavedSlot, ...]:
-        if self._parking is None or kind.adapter.slots is None:
-            return ()
-        return await self._parking.fetch(engine.start)
-
-    async def _serves_until_sleep(self, engine: Engine, handle: Handle) -> bool:
-        """Wait until the engine shall sleep; False: it has exited by itself."""
-        async with beside(handle.exited()) as exited, beside(engine.sleep_asked.wait()) as asked:
-            await asyncio.wait({exited, asked}, return_when=asyncio.FIRST_COMPLETED)
-            if not exited.done():
-                return True
-        self._log_exit(engine, handle)
-        return False
-
-    async def _rest(self, engine: Engine, handle: Handle, kind: Kind) -> LaunchPlan | None:
-        """Let the engine sleep; return how it goes on when it is woken. None: it shall end."""
-        await self._park(engine, kind)
-        if engine.client is not None:
-            engine.client.close()
-            engine.client = None
-        engine.woken.clear()
-        sleeping = self._until_woken(engine, handle)
-        async with beside(handle.exited()) as exited, beside(sleeping) as woken:
-            await asyncio.wait({exited, woken}, return_when=asyncio.FIRST_COMPLETED)
-            if exited.done():
-                self._log_exit(engine, handle)
-                return None
-            try:
-                woken.result()
-            except TimeoutError:
-                log.warning("engine does not rest engine=%s waited_s=%.0f", engine.id, REST_S)
-                return None
-        plan = self._plan(engine, kind)
-        handle.wake(plan)
-        return plan
-
-    async def _until_woken(self, engine: Engine, handle: Handle) -> None:
-        async with asyncio.timeout(REST_S):
-            await handle.rest()
-        log.info("engine sleeping engine=%s", engine.id)
-        self._dispatch(EngineSlept(engine.id))
-        if not engine.woken.is_set():  # else somebody waited for it, and it sleeps no more
-            self._on_news(EngineNews(News.SLEEPING, engine))
-        self._survey_wanted.set()
-        await engine.woken.wait()
-
-    async def _park(self, engine: Engine, kind: Kind) -> None:
-        ready = engine.ready is not None and engine.client is not None and not engine.forced
-        if ready and self._parking is not None and kind.adapter.slots is not None:
-            assert engine.client is not None
-            await self._parking.park(engine.start, engine.client, kind.adapter.slots)
-
-    async def _replace_spare(self, engine: Engine, kind: Kind) -> None:
-        """Prepare a spare after the one the engine took, and not beside its first answer."""
-        if engine.granted:
-            served, gone = beside(engine.served.wait()), beside(engine.gone.wait())
-            async with served as done, gone as ended:
-                both = {done, ended}
-                await asyncio.wait(both, timeout=SPARE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-        await self._prepare_spare(kind)
-
-    async def _prepare_spare(self, kind: Kind) -> None:
-        """Have a process wait for the next load, if there is memory to spare for it."""
-        plan = kind.adapter.spare() if kind.adapter.backend in self._spares else None
-        if plan is None or self._closing or self._is_short(kind.adapter.sleeper_bytes or 0):
-            return
-        try:
-            await kind.launcher.prepare(plan)
-        except GatewayError as error:
-            log.warning("spare not started backend=%s %s", kind.adapter.backend, error.detail)
-
-    def _is_short(self, size_bytes: int) -> bool:
-        """Whether so much main memory is more than the ledger has free."""
-        return any(
-            device.device == HOST and device.free_bytes < size_bytes
-            for device in self._scheduler.devices()
-        )
-
-    def _read_ahead(self, spec: EngineSpec) -> None:
-        """Have a model's files read while its engine waits for room, and while it starts."""
-        key = spec.key
-        limit_bytes = unmapped_bytes(self._survey)
-        if not spec.files or key in self._reading or limit_bytes <= 0:
-            return
-        launcher = self._kinds[key.backend].launcher
-        reading = self._keep(launcher.read_ahead(spec.files, limit_bytes=limit_bytes))
-        self._reading[key] = reading
-        reading.add_done_callback(lambda _: self._reading.pop(key, None))
-
-    def _became_ready(self, engine: Engine) -> None:
-        engine.ready = self._loop.time()
-        engine.loaded_at = engine.used_at = time.time()
-        self.loads += engine.spec.key.is_local  # an upstream is there already
-        log.info("engine ready engine=%s load_s=%.2f", engine.id, engine.load_seconds)
-        self._dispatch(EngineReady(engine.id))
-        self._on_news(EngineNews(News.READY, engine))
-        self._survey_wanted.set()
-
-    def _failed(self, engine: Engine, error: GatewayError) -> GatewayError:
-        self.load_failures += 1
-        log.warning(
-            "engine start failed engine=%s code=%s last_lines:\n%s",
-            engine.id,
-            error.code,
-            error.detail,
-        )
-        self._on_news(EngineNews(News.FAILED, engine, error=error))
-        return error
-
-    def _log_exit(self, engine: Engine, handle: Handle) -> None:
-        log.warning(
-            "engine exited engine=%s status=%s last_lines:\n%s",
-            engine.id,
-            handle.exit_status,
-            "\n".join(handle.tail()[-20:]),
-        )
-
-    # The node's memory.
-
-    async def _survey_on(self) -> None:
-        """Measure for as long as the pool lives; sooner when something began or became ready."""
-        while True:
-            loads = any(engine.ready is None for engine in self._engines.values())
-            try:
-                async with asyncio.timeout(SURVEY_LOADS_S if loads else SURVEY_EVERY_S):
-                    await self._survey_wanted.wait()
-            except TimeoutError:
-                pass
-            self._survey_wanted.clear()
-            try:
-                self._take(await self._node.survey())
-                if self._parking is not None:
-                    await self._parking.drop_old()
-            except Exception:  # the edge of the task: without it the ledger would never learn again
-                log.exception("survey failed")
-
-    def _take(self, survey: Survey) -> None:
-        self._survey = survey
-        for engine_id, use in survey.engines.items():
-            engine = self._engines.get(engine_id)
-            if engine is not None:
-                engine.memory = use
-                if engine.serves:
-                    self._learning.see(engine.start, use, engine.load_seconds, engine.learned)
-                    engine.learned = True
-        uses = self._freeing | dict(survey.engines)
-        self._dispatch(Measured(survey.devices, uses, survey.spare_bytes))
-        if survey.spares and self._is_short(survey.spare_bytes):
-            self._keep(self._node.give_up_spares())
-        for engine in self._engines.values():
-            if engine.ready is None:
-                self._on_news(EngineNews(News.PROGRESS, engine))
-        self._on_survey()
-
-    async def _until_freed(self, engine: Engine) -> None:
-        """Wait until the devices have what the engine took, as far as that can be seen.
-
-        A process that is gone is not yet memory that is free: a driver takes its time.
-        """
-        if not engine.memory.devices:  # main memory is free with the process
-            self._survey_wanted.set()
-            return
-        before = others_bytes(self._survey)
-        deadline = self._loop.time() + FREED_WAIT_S
-        self._freeing[engine.id] = engine.memory
-        try:
-            survey = await self._node.survey()
-            while not is_freed(engine.memory, before, others_bytes(survey)):
-                if self._loop.time() >= deadline or self._closing:
-                    log.warning("engine gone and its memory not free engine=%s", engine.id)
-                    break
-                self._take(survey)
-                await asyncio.sleep(FREED_POLL_S)
-                survey = await self._node.survey()
-        finally:
-            del self._freeing[engine.id]
-        self._take(survey)
-
-    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-
-async def _unless_stopped(engine: Engine, work: Coroutine[Any, Any, _T]) -> _T:
-    """Run `work` to its end, or cancel it and raise _StopAsked when the engine is told to stop."""
-    doing = asyncio.ensure_future(work)
-    stop = asyncio.ensure_future(engine.stop_asked.wait())
-    try:
-        await asyncio.wait({doing, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise _StopAsked
-        return doing.result()
-    finally:
-        for task in (doing, stop):
-            task.cancel()
-        await asyncio.gather(doing, stop, return_exceptions=True)
+    def _on_measured(self, measured: Measured, survey: Survey) -> None:
+        self._dispatch(measured)
+        if survey.spares and self._preparing.is_short(survey.spare_bytes):
+            self._tasks.keep(self._node.give_up_spares())

@@ -45,6 +45,27 @@ async def http_health(client: Client, plan: LaunchPlan) -> bool:
     return status == 200
 
 
+async def until_sick(client: Client, plan: LaunchPlan) -> None:
+    """Return once a running engine says that it cannot serve any more.
+
+    Only a server error counts: one that is slow to answer is busy, and one that nobody
+    listens for is about to exit, which is told otherwise. Without `health_every_s` it never
+    returns.
+    """
+    if plan.health_every_s is None:
+        await asyncio.get_running_loop().create_future()
+        return
+    while True:
+        await asyncio.sleep(plan.health_every_s)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                status, _ = await client.get(plan.health_path.encode())
+        except (UpstreamError, TimeoutError):
+            continue
+        if status >= 500:
+            return
+
+
 async def until_ready(
     handle: Handle,
     plan: LaunchPlan,
@@ -62,7 +83,7 @@ async def until_ready(
         StartError: it exited, or it stalled; in the second case it still runs.
     """
     async with beside(handle.exited()) as exited, beside(handle.ready_line()) as line:
-        watch = _StallWatch(handle, stall_s)
+        watch = StallWatch(handle, stall_s)
         while not line.done():
             await asyncio.wait(
                 {line, exited}, timeout=MEASURE_EVERY_S, return_when=asyncio.FIRST_COMPLETED
@@ -79,8 +100,8 @@ async def until_ready(
             pause_s = min(pause_s * 1.5, POLL_MAX_S)
 
 
-class _StallWatch:
-    """Raises when nothing moved for too long. Looks at memory once a second at most."""
+class StallWatch:
+    """Raises StartError when nothing moved for too long. Looks at memory once a second at most."""
 
     def __init__(self, handle: Handle, stall_s: float) -> None:
         self._handle = handle
@@ -91,6 +112,7 @@ class _StallWatch:
         self._seen_bytes = 0
 
     async def look(self) -> None:
+        """See whether something moved since the last look."""
         printed = self._handle.activity()
         if printed != self._printed:
             self._printed, self._moved_at = printed, self._loop.time()

@@ -1,0 +1,125 @@
+"""Which engines can serve on this machine, and their adapters. Read once, at the start."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xandrouting.core.model import HOST, Backend, DeviceReading
+from xandrouting.engines.base import EngineAdapter
+from xandrouting.engines.llamacpp import LlamaCpp
+from xandrouting.engines.vllm import Vllm, VllmSetup
+from xandrouting.http.schemas import EngineStatus
+from xandrouting.provision.vllm import Missing, VllmInstall, environments, find_vllm
+from xandrouting.routing.catalog import Devices, Lack
+
+LLAMACPP_COMMAND = "pip install 'xandrouting[llamacpp]'"
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """The engines of this machine. `statuses` are by backend, as the API shows them."""
+
+    adapters: Mapping[Backend, EngineAdapter]
+    statuses: Mapping[Backend, EngineStatus]
+    devices: Devices
+
+    @property
+    def lacks(self) -> Mapping[Backend, Lack]:
+        """The backends that cannot serve here, and why."""
+        return {
+            backend: Lack(status.reason or "it is not available", status.command)
+            for backend, status in self.statuses.items()
+            if not status.available
+        }
+
+    @property
+    def versions(self) -> Mapping[Backend, str]:
+        """What the figures of earlier loads hold for."""
+        return {backend: status.version or "" for backend, status in self.statuses.items()}
+
+
+def look(
+    readings: Sequence[DeviceReading],
+    *,
+    llamacpp_cards: int,
+    cards: Sequence[str],
+    data_dir: Path,
+    drain_s: float,
+    fast_start: bool | None,
+    sleeps: bool,
+    vllm_spare: bool,
+) -> Backends:
+    """Look for every engine.
+
+    `llamacpp_cards`: how many cards llama.cpp can use. `cards` are their names for
+    CUDA_VISIBLE_DEVICES; none: by number. See `VllmSetup` for the rest.
+    """
+    accelerators = [reading for reading in readings if reading.device != HOST]
+    found = find_vllm(os.environ, beside=environments(Path.cwd(), data_dir))
+    vllm_cards = 0
+    if isinstance(found, Missing):
+        program, vllm = "vllm", _status(reason=found.reason, command=found.command)
+    else:
+        vllm_cards = 0 if found.is_cpu else len(accelerators)
+        program = str(found.executable)
+        vllm = _status(version=f"vllm {found.version or ''}".strip(), cards=vllm_cards)
+    python = found.python if isinstance(found, VllmInstall) and vllm_spare else None
+    setup = VllmSetup(
+        program,
+        waiter=None if python is None else str(python),
+        cache_folder=str(data_dir / "vllm"),
+        drain_s=drain_s,
+        fast_start=fast_start,
+        sleeps=sleeps,
+        card_bytes=min((card.capacity_bytes for card in accelerators), default=0),
+        cards=tuple(cards),
+    )
+    return Backends(
+        adapters={
+            Backend.LLAMACPP: LlamaCpp(cards),
+            Backend.VLLM: Vllm(setup),
+            Backend.TRANSFORMERS: Vllm(setup, Backend.TRANSFORMERS),
+        },
+        statuses={
+            Backend.LLAMACPP: _llamacpp(llamacpp_cards),
+            Backend.VLLM: vllm,
+            Backend.TRANSFORMERS: vllm,
+        },
+        devices=Devices(cuda=llamacpp_cards, vllm_cuda=vllm_cards),
+    )
+
+
+def engine_libraries() -> list[Path]:
+    """Return the files that hold llama.cpp; none where it is not installed."""
+    spec = importlib.util.find_spec("xllamacpp")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return [library for folder in folders for library in Path(folder).glob("*.so")]
+
+
+def _llamacpp(cards: int) -> EngineStatus:
+    if importlib.util.find_spec("xllamacpp") is None:
+        return _status(reason="llama.cpp is not installed", command=LLAMACPP_COMMAND)
+    return _status(version=f"xllamacpp {importlib.metadata.version('xllamacpp')}", cards=cards)
+
+
+def _status(
+    *,
+    reason: str | None = None,
+    command: str | None = None,
+    version: str | None = None,
+    cards: int = 0,
+) -> EngineStatus:
+    available = reason is None
+    return EngineStatus(
+        status="available" if available else "unavailable",
+        available=available,
+        reason=reason,
+        version=version,
+        command=command,
+        devices=["cpu", *(f"cuda:{number}" for number in range(cards))],
+    )
