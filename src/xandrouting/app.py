@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import importlib.metadata
-import importlib.util
 import logging
 import os
 import resource
@@ -14,7 +12,6 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import uvicorn
@@ -22,13 +19,14 @@ import uvloop
 from starlette.middleware.cors import CORSMiddleware
 
 from xandrouting import __version__
+from xandrouting.backends import Backends, engine_libraries, look
 from xandrouting.core.budget import BudgetTooLarge, budget_bytes
 from xandrouting.core.errors import GatewayError, MethodNotAllowed
 from xandrouting.core.ledger import Ledger
 from xandrouting.core.model import HOST, Backend, EngineSpec
 from xandrouting.core.scheduler import Scheduler
-from xandrouting.engines.llamacpp import LIST_DEVICES, LlamaCpp
-from xandrouting.engines.upstream import Upstream
+from xandrouting.engines.llamacpp import LIST_DEVICES
+from xandrouting.engines.upstream import OLLAMA, Upstream
 from xandrouting.http.body import Receive
 from xandrouting.http.control import build_control
 from xandrouting.http.errors import headers_of, to_bytes
@@ -46,7 +44,7 @@ from xandrouting.launch.base import Survey
 from xandrouting.launch.devices import cuda_devices
 from xandrouting.launch.external import ExternalLauncher
 from xandrouting.launch.local import LocalLauncher
-from xandrouting.launch.nvml import open_gpus
+from xandrouting.launch.nvml import open_gpus, visible_cards
 from xandrouting.launch.sweep import sweep
 from xandrouting.pool.figure_store import FigureStore
 from xandrouting.pool.learning import Learning
@@ -54,11 +52,13 @@ from xandrouting.pool.parking import Parking
 from xandrouting.pool.pool import EnginePool, Kind
 from xandrouting.proxy.forward import Send
 from xandrouting.proxy.request import LoadRequest
-from xandrouting.routing.catalog import Catalog, Devices
+from xandrouting.routing.catalog import Catalog
 from xandrouting.settings import Settings
 from xandrouting.telemetry.logs import LogBook
 from xandrouting.telemetry.metrics import EngineGauge, Metrics, PoolGauges
 from xandrouting.telemetry.requests import RequestStats
+from xandrouting.upstreams.upstreams import Upstreams
+from xandrouting.upstreams.values import Address
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Gateway:
     def __init__(
         self,
         settings: Settings,
-        devices: Devices,
+        engines: Backends,
         node: LocalLauncher,
         survey: Survey,
         logs: LogBook,
@@ -100,14 +100,16 @@ class Gateway:
             fair_wait_s=settings.fair_wait_s,
             min_residency_s=settings.min_residency_s,
         )
-        llamacpp, upstream = LlamaCpp(), Upstream(settings.upstream_keys)
+        self._engines, keys = engines, settings.upstream_keys
+        self.upstreams = Upstreams(addresses(settings))
         self._local = node
         self._external = ExternalLauncher()
         self._newsroom = Newsroom()
         self._parking = Parking(settings.data_dir / "parked", settings.parking_quota)
         kinds = {
-            Backend.LLAMACPP: Kind(llamacpp, self._local),
-            Backend.UPSTREAM: Kind(upstream, self._external),
+            **{name: Kind(adapter, node) for name, adapter in engines.adapters.items()},
+            Backend.UPSTREAM: Kind(Upstream(keys), self._external),
+            Backend.OLLAMA: Kind(Upstream(keys, Backend.OLLAMA), self._external),
         }
         self.pool = EnginePool(
             scheduler,
@@ -123,21 +125,14 @@ class Gateway:
         self._newsroom.attend(self.pool)
         self._logs = logs
         logs.hand_on(self._newsroom.log_line)
-        self._backends = backend_statuses(settings)
         self.catalog = Catalog(
             lambda: self.inventory.snapshot,
             {backend: kind.adapter for backend, kind in kinds.items()},
-            upstreams=settings.upstreams,
-            unavailable={
-                Backend(name): status.reason
-                for name, status in self._backends.items()
-                if status.reason is not None
-            },
-            devices=devices,
+            upstreams={name: there.url for name, there in addresses(settings).items()},
+            unavailable=engines.lacks,
+            devices=engines.devices,
             device_fallback=settings.device_fallback,
-            versions={
-                Backend(name): status.version or "" for name, status in self._backends.items()
-            },
+            versions=engines.versions,
         )
         self.gate = Gate(
             api_key=settings.api_key.get_secret_value() if settings.api_key else None,
@@ -151,6 +146,8 @@ class Gateway:
             inventory=self.inventory,
             pool=self.pool,
             stats=self.stats,
+            upstreams=self.upstreams,
+            upstream_timeout_s=settings.upstream_timeout_s,
             keepalive_after_s=settings.keepalive_after_s,
             max_load_wait_s=settings.max_load_wait_s,
             max_queue_wait_s=settings.max_queue_wait_s,
@@ -168,11 +165,13 @@ class Gateway:
                 parking=self._parking,
                 catalog=self.catalog,
                 inventory=self.inventory,
+                upstreams=self.upstreams,
                 stats=self.stats,
-                metrics=Metrics(self.stats, self._gauges),
+                metrics=Metrics(self.stats, self._gauges, self._upstreams_up),
                 bus=self._newsroom.bus,
                 logs=logs,
-                backends=lambda: self._backends,
+                backends=self._statuses,
+                default_ttl_s=settings.default_ttl,
             )
         )
         self.asgi = dispatcher(self.inference, control, self.gate)
@@ -189,6 +188,7 @@ class Gateway:
         await self.inventory.refresh()
         await self._parking.open()
         await self.pool.__aenter__()
+        await self.upstreams.__aenter__()
         try:
             self._pin()
         except CannotStart:
@@ -199,6 +199,7 @@ class Gateway:
     async def __aexit__(self, *_: object) -> None:
         self.close_streams()
         await self.loads.aclose()
+        await self.upstreams.aclose()
         await self.pool.aclose()
         await self._parking.aclose()
         await self._local.aclose()
@@ -239,6 +240,21 @@ class Gateway:
             )
         for spec in specs:
             self.pool.pin(spec.key.model, pinned=True)
+
+    def _statuses(self) -> Mapping[str, EngineStatus]:
+        found = {str(backend): status for backend, status in self._engines.statuses.items()}
+        ollama = next((one for one in self.upstreams.states() if one.name == OLLAMA), None)
+        available = ollama is not None and ollama.available
+        found[OLLAMA] = EngineStatus(
+            status="available" if available else "unavailable",
+            available=available,
+            reason="ollama_base_url is none" if ollama is None else ollama.reason,
+            version=None if ollama is None else ollama.version,
+        )
+        return found
+
+    def _upstreams_up(self) -> Mapping[str, bool]:
+        return {state.name: state.available for state in self.upstreams.states()}
 
     def _gauges(self) -> PoolGauges:
         engines = tuple(
@@ -311,36 +327,15 @@ def budgets(settings: Settings, survey: Survey) -> Mapping[str, int]:
     return found
 
 
-def engine_libraries() -> list[Path]:
-    """Return the files that hold llama.cpp; none where it is not installed."""
-    spec = importlib.util.find_spec("xllamacpp")
-    folders = [] if spec is None else spec.submodule_search_locations or []
-    return [library for folder in folders for library in Path(folder).glob("*.so")]
-
-
-def backend_statuses(settings: Settings) -> Mapping[str, EngineStatus]:
-    """Return for each backend whether it can serve here, and why not."""
-    statuses = {}
-    if importlib.util.find_spec("xllamacpp") is not None:
-        version = importlib.metadata.version("xllamacpp")
-        statuses[Backend.LLAMACPP] = _status(None, f"xllamacpp {version}")
-    else:
-        statuses[Backend.LLAMACPP] = _status("install it with `pip install xandrouting[llamacpp]`")
-    for backend in (Backend.VLLM, Backend.TRANSFORMERS):
-        statuses[backend] = _status("this version of XandRouting does not serve it yet")
-    ollama = None if "ollama" in settings.upstreams else "no upstream named ollama is configured"
-    statuses[Backend.OLLAMA] = _status(ollama)
-    return {str(backend): status for backend, status in statuses.items()}
-
-
-def _status(reason: str | None, version: str | None = None) -> EngineStatus:
-    available = reason is None
-    return EngineStatus(
-        status="available" if available else "unavailable",
-        available=available,
-        reason=reason,
-        version=version,
-    )
+def addresses(settings: Settings) -> Mapping[str, Address]:
+    """Return where the other servers are; one configured as `ollama` goes before the known one."""
+    keys, found = settings.upstream_keys, {}
+    if settings.ollama_base_url is not None:
+        expected = "ollama_base_url" in settings.model_fields_set
+        found[OLLAMA] = Address(settings.ollama_base_url, keys.get(OLLAMA, ""), expected)
+    for name, url in settings.upstreams.items():
+        found[name] = Address(url, keys.get(name, ""))
+    return found
 
 
 class _Server(uvicorn.Server):
@@ -399,9 +394,20 @@ async def _serve(
     ended = await asyncio.to_thread(sweep, settings.data_dir / "run")
     if ended:
         log.warning("engines of a killed server ended count=%d", ended)
-    devices = Devices(await cuda_devices(LIST_DEVICES))
-    node = LocalLauncher(settings.data_dir / "run", open_gpus(), logs.hear)
-    async with Gateway(settings, devices, node, await node.survey(), logs) as gateway:
+    cards = visible_cards(os.environ)
+    node = LocalLauncher(settings.data_dir / "run", open_gpus(visible=cards), logs.hear)
+    survey = await node.survey()
+    engines = look(
+        survey.devices,
+        llamacpp_cards=await cuda_devices(LIST_DEVICES),
+        cards=cards or (),
+        data_dir=settings.data_dir,
+        drain_s=settings.shutdown_grace_s,
+        fast_start=settings.vllm_fast_start,
+        sleeps=settings.soft_idle_s is not None,
+        vllm_spare=Backend.VLLM in settings.spares,
+    )
+    async with Gateway(settings, engines, node, survey, logs) as gateway:
         server = _Server(
             uvicorn.Config(
                 gateway.asgi,

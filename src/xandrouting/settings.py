@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -34,7 +35,15 @@ from pydantic_settings import (
 from xandrouting.core.budget import Budget
 from xandrouting.core.model import Backend
 
-BARE_NAMES: Final = ("host", "port", "models_dir", "default_ttl", "cors_origins")
+BARE_NAMES: Final = (
+    "host",
+    "port",
+    "models_dir",
+    "default_ttl",
+    "cors_origins",
+    "ollama_base_url",
+)
+OLLAMA_PORT: Final = 11434
 
 Names = Annotated[tuple[str, ...], NoDecode]
 MemoryBudget = Annotated[
@@ -105,7 +114,8 @@ class Settings(BaseSettings):
     )
     spares: Names = Field(
         ("llamacpp",),
-        description="backends that keep a started process for the next load; none: no backend",
+        description="backends that keep a started process for the next load: llamacpp (32 MB), "
+        "vllm (400 MB); none: no backend",
     )
     max_loaded: PositiveInt | None = Field(
         None, description="engines loaded at once; default: as many as fit the budgets"
@@ -156,6 +166,17 @@ class Settings(BaseSettings):
     upstream_keys: Pairs = Field(
         default_factory=dict, description="their keys: name=key,…", repr=False
     )
+    upstream_timeout_s: PositiveFloat = Field(
+        300.0, description="another server that sends nothing for so long is given up"
+    )
+    ollama_base_url: str | None = Field(
+        f"http://127.0.0.1:{OLLAMA_PORT}", description="where Ollama listens; none: nowhere"
+    )
+    vllm_fast_start: bool | None = Field(
+        None,
+        description="vLLM compiles nothing: it starts in seconds and answers slower; default: so "
+        "on the cpu, not on a GPU",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("allowed_hosts", "cors_origins", "pinned", "preload", "spares", mode="before")
@@ -170,9 +191,10 @@ class Settings(BaseSettings):
     def _are_backends(cls, value: Names) -> Names:
         if value == ("none",):
             return ()
-        unknown = set(value) - {Backend.LLAMACPP}
+        unknown = set(value) - {Backend.LLAMACPP, Backend.VLLM}
         if unknown:
-            raise ValueError(f"no spares of {', '.join(sorted(unknown))}: use llamacpp, or none")
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"no spares of {names}: use llamacpp, vllm, or none")
         return value
 
     @field_validator("upstreams", "upstream_keys", mode="before")
@@ -194,6 +216,20 @@ class Settings(BaseSettings):
             if "/" in name or name == "models":
                 raise ValueError(f"{name!r} cannot be an upstream's name")
         return value
+
+    @field_validator("ollama_base_url")
+    @classmethod
+    def _is_ollama(cls, value: str | None) -> str | None:
+        """Take it as people write it: `host`, `host:port`, with a slash or `/v1` at its end."""
+        if value is None or value.lower() == "none":
+            return None
+        if "://" not in value:
+            host, slash, path = value.partition("/")
+            port = "" if re.search(r":\d+$", host) else f":{OLLAMA_PORT}"
+            value = f"http://{host}{port}{slash}{path}"
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("the address of Ollama begins with http:// or https://")
+        return value.rstrip("/").removesuffix("/v1").rstrip("/")
 
     @model_validator(mode="after")
     def _no_open_door(self) -> Self:

@@ -6,8 +6,10 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
@@ -16,7 +18,18 @@ import pytest
 
 from tests.e2e.conftest import Serve
 from tests.fakes.processes import fake_argv
-from tests.server import Server, clean_environment, deltas, error_of, models_dir, ok
+from tests.fakes.web import Asked, Call, Web, web
+from tests.server import (
+    MODEL,
+    STARTER,
+    Server,
+    clean_environment,
+    deltas,
+    error_of,
+    models_dir,
+    ok,
+    text_of,
+)
 from tests.waiting import wait_for
 
 KEY = "upstream-key"
@@ -65,6 +78,16 @@ def module_server(tmp_path_factory: pytest.TempPathFactory, fake: str) -> Iterat
     }
     with Server(models, root / "data", **settings) as server:
         yield server
+
+
+def up(server: Server) -> dict[str, float]:
+    """Return what the metrics say of each upstream."""
+    found = {}
+    for line in server.get("/metrics").text.splitlines():
+        name, _, value = line.rpartition(" ")
+        if name.startswith("xandrouting_upstream_up{"):
+            found[name.split('"')[1]] = float(value)
+    return found
 
 
 def seen(fake: str) -> list[dict[str, Any]]:
@@ -131,9 +154,30 @@ def test_upstreams_error_passes_through(server: Server) -> None:
 
 def test_upstream_that_is_down_is_named(server: Server) -> None:
     for fields in ({}, {"stream": True}):
-        error = error_of(server.chat(model="gone/m", **fields), 502, "upstream_unreachable")
-        assert "gone" in error["message"]
+        answer = server.chat(model="gone/m", **fields)
+        error = error_of(answer, 502, "upstream_unreachable")
+        assert "upstream gone cannot be reached: connection refused" in error["message"]
+        assert 1 <= int(answer.headers["retry-after"]) <= 5
     assert ok(server.chat(model="fake/m"))
+
+
+def test_upstream_that_is_down_costs_its_askers_no_time(serve: Serve) -> None:
+    """The second one hears at once what the first one waited for."""
+    with socket.socket() as deaf:  # it listens, takes nobody, and its queue is full
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        waiting = [socket.socket() for _ in range(3)]
+        for other in waiting:
+            other.setblocking(False)
+            other.connect_ex(deaf.getsockname())
+        server = serve(upstreams=f"deaf=http://127.0.0.1:{deaf.getsockname()[1]}")
+        error = error_of(server.chat(model="deaf/m"), 502, "upstream_unreachable")
+        assert "no connection within 5 s" in error["message"]
+        began = time.monotonic()
+        error_of(server.chat(model="deaf/m"), 502, "upstream_unreachable")
+        assert time.monotonic() - began < 0.5
+        for other in waiting:
+            other.close()
 
 
 def test_upstream_is_not_loaded_and_not_unloaded(server: Server) -> None:
@@ -160,12 +204,11 @@ def test_upstream_takes_no_place(serve: Serve, fake: str) -> None:
 def test_upstream_that_comes_back_is_used_again(serve: Serve) -> None:
     port = free_port()
     server = serve(upstreams=f"late=http://127.0.0.1:{port}")
-    error_of(server.chat(model="late/m"), 502, "upstream_unreachable")
-    with upstream(port):
-        assert ok(server.chat(model="late/m"))
-    error_of(server.chat(model="late/m"), 502, "upstream_unreachable")
-    with upstream(port):
-        assert ok(server.chat(model="late/m"))
+    for _ in range(2):
+        error_of(server.chat(model="late/m"), 502, "upstream_unreachable")
+        with upstream(port):
+            wait_for(lambda: server.chat(model="late/m").status_code == 200, 10)
+            assert up(server)["late"] == 1
 
 
 def test_upstream_that_dies_in_a_stream(serve: Serve) -> None:
@@ -177,6 +220,227 @@ def test_upstream_that_dies_in_a_stream(serve: Serve) -> None:
     error = json.loads(last)["error"]
     assert error["code"] == "engine_error"
     assert "weak" in error["message"]
+
+
+# Answers that are none.
+
+
+@contextmanager
+def serving(serve: Serve, answer: Callable[[Call, Asked], None], **settings: Any) -> Iterator[Site]:
+    """Start a server whose upstream `odd` answers chat requests so, and lists one model."""
+
+    def either(call: Call, asked: Asked) -> None:
+        if asked.method == "POST":
+            answer(call, asked)
+        else:
+            call.json({"object": "list", "data": [{"id": "m", "object": "model"}]})
+
+    with web(either) as odd:
+        yield Site(serve(upstreams=f"odd={odd.url}/v1", upstream_keys="odd=k", **settings), odd)
+
+
+@dataclass
+class Site:
+    server: Server
+    odd: Web
+
+
+def test_web_page_is_no_answer(serve: Serve) -> None:
+    page = b"<!doctype html><title>Log in</title>"
+    with serving(serve, lambda call, _: call.say(200, page, "text/html; charset=utf-8")) as site:
+        for fields in ({}, {"stream": True}):
+            answer = site.server.chat(model="odd/m", **fields)
+            error = error_of(answer, 502, "upstream_not_an_api")
+            assert "odd answers with 'text/html'" in error["message"]
+            assert "Log in" not in answer.text
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_redirect_is_not_followed(serve: Serve, status: int) -> None:
+    def elsewhere(call: Call, _: Asked) -> None:
+        call.say(status, location=f"{other.url}/v1/chat/completions?token=secret")
+
+    with web(lambda call, _: call.json({})) as other, serving(serve, elsewhere) as site:
+        answer = site.server.chat(model="odd/m")
+        error = error_of(answer, 502, "upstream_redirects")
+        assert "odd" in error["message"]
+        assert "location" not in answer.headers
+        assert other.asked == []
+        log = site.server.log()
+    assert "upstream redirects upstream=odd location='127.0.0.1'" in log
+    assert "secret" not in log
+
+
+def test_answer_that_ends_early(serve: Serve) -> None:
+    with serving(serve, lambda call, _: call.cut()) as site:
+        for fields in ({}, {"stream": True}):
+            error = error_of(site.server.chat(model="odd/m", **fields), 502, "engine_error")
+            assert "The upstream odd broke off" in error["message"]
+        assert len(site.odd.posts()) == 2  # it may have acted on them: nothing is asked again
+
+
+def test_plain_answer_that_is_cut_short_closes_the_connection(serve: Serve) -> None:
+    def half(call: Call, _: Asked) -> None:
+        call.send_response(200)
+        call.send_header("content-type", "application/json")
+        call.send_header("content-length", "100")
+        call.end_headers()
+        call.wfile.write(b'{"choices": [')
+        call.cut()
+
+    with serving(serve, half) as site, pytest.raises(httpx2.RemoteProtocolError):
+        site.server.chat(model="odd/m")
+
+
+def test_upstream_that_says_nothing_is_given_up(serve: Serve) -> None:
+    with serving(serve, lambda call, _: call.until_left(), upstream_timeout_s=0.5) as site:
+        for fields in ({}, {"stream": True}):
+            error = error_of(site.server.chat(model="odd/m", **fields), 504, "upstream_timeout")
+            assert "The upstream odd was given up: nothing came for 0.5 s" in error["message"]
+        wait_for(lambda: len(site.odd.left) == 2)
+
+
+def test_upstream_that_falls_silent_in_a_stream_is_given_up(serve: Serve) -> None:
+    def stall(call: Call, _: Asked) -> None:
+        call.begin_events()
+        for word in ("one ", "two "):
+            call.event({"choices": [{"index": 0, "delta": {"content": word}}]})
+            time.sleep(0.3)  # each pause is shorter than what is waited
+        call.until_left()
+
+    with serving(serve, stall, upstream_timeout_s=0.5) as site:
+        with site.server.stream(model="odd/m") as stream:
+            *chunks, last = stream.rest()
+        assert deltas(chunks) == "one two "
+        assert json.loads(last)["error"]["code"] == "upstream_timeout"
+        wait_for(lambda: site.odd.left)
+
+
+def test_keys_and_headers_of_the_client_stay_here(serve: Serve) -> None:
+    """Its key is the upstream's own one, and another upstream's is never sent."""
+    with (
+        web(lambda call, _: call.json({"data": []})) as plain,
+        web(lambda call, _: call.json({"data": []})) as keyed,
+    ):
+        server = serve(
+            upstreams=f"plain={plain.url},keyed={keyed.url}",
+            upstream_keys="keyed=theirs",
+            api_key="mine",
+        )
+        headers = {"authorization": "Bearer mine", "cookie": "a=b", "x-api-key": "mine"}
+        for name in ("plain", "keyed"):
+            body = {"model": f"{name}/m", "messages": [{"role": "user", "content": "Hi"}]}
+            ok(server.post("/v1/chat/completions", body, headers=headers))
+        for there, key in ((plain, None), (keyed, "Bearer theirs")):
+            assert there.posts()
+            for asked in there.asked:
+                assert asked.headers.get("authorization") == key
+                assert not {"cookie", "x-api-key"} & asked.headers.keys()
+                assert "mine" not in str(asked)
+
+
+# Lists.
+
+
+def models(server: Server) -> dict[str, dict[str, Any]]:
+    return {item["id"]: item for item in ok(server.get("/v1/models"))["data"]}
+
+
+def test_models_are_listed_and_kept_while_it_is_down(serve: Serve) -> None:
+    def answer(call: Call, _: Asked) -> None:
+        one = {"id": "org/one", "object": "model", "created": 1_700_000_000, "max_model_len": 4096}
+        call.json({"object": "list", "data": [one, {"id": "two"}]})
+
+    port = free_port()
+    with web(answer, port):
+        server = serve(upstreams=f"big=http://127.0.0.1:{port}")
+        wait_for(lambda: "big/org/one" in models(server))
+        item = models(server)["big/org/one"]
+        assert item == item | {
+            "created": 1_700_000_000,
+            "owned_by": "big",
+            "backend": "upstream",
+            "context_length": 4096,
+            "size_bytes": None,
+        }
+        assert item["status"]["value"] == "loaded"
+        assert ok(server.get("/v1/models/big/org/one")) == item
+        error_of(server.get("/v1/models/big/three"), 404, "model_not_found")
+        assert up(server)["big"] == 1
+    assert server.loaded() == []
+    error_of(server.chat(model="big/two"), 502, "upstream_unreachable")
+    wait_for(lambda: up(server)["big"] == 0, 15)
+    status = models(server)["big/two"]["status"]
+    assert status["value"] == "failed"
+    assert "connection refused" in status["message"]
+    log = server.log()
+    assert log.count("upstream up upstream=big models=2") == 1
+    assert log.count("upstream down upstream=big reason='connection refused'") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (200, b"<html>", "what it lists are no models"),
+        (200, b'{"data": [{"id": 7}]}', "what it lists are no models"),
+        (200, b'{"data": [' + b" " * (5 << 20) + b"]}", "larger than 4 MiB"),
+        (401, b"", "refuses the key, or the want of one, with status 401"),
+        (302, b"", "it redirects to another address"),
+        (500, b"", "with status 500"),
+    ],
+)
+def test_list_that_is_none_is_a_reason(serve: Serve, status: int, body: bytes, reason: str) -> None:
+    with web(lambda call, _: call.say(status, body)) as odd:
+        server = serve(upstreams=f"odd={odd.url}")
+        wait_for(lambda: "upstream down upstream=odd" in server.log())
+        assert reason in server.log()
+        assert up(server)["odd"] == 0
+        assert models(server) == {MODEL: models(server)[MODEL]}
+
+
+def test_upstream_without_a_list_serves_all_the_same(serve: Serve) -> None:
+    def answer(call: Call, asked: Asked) -> None:
+        call.json({"choices": []} if asked.method == "POST" else {"detail": "Not Found"}, 200)
+
+    with web(lambda call, a: call.say(404) if a.method == "GET" else answer(call, a)) as odd:
+        server = serve(upstreams=f"odd={odd.url}")
+        wait_for(lambda: up(server)["odd"] == 1)
+        assert ok(server.chat(model="odd/m")) == {"choices": []}
+
+
+def test_lists_wait_for_no_upstream(serve: Serve) -> None:
+    with web(lambda call, _: call.until_left()) as slow:
+        server = serve(upstreams=f"slow={slow.url}", ollama_base_url=slow.url)
+        wait_for(lambda: len(slow.asked) == 2)
+        began = time.monotonic()
+        for path in ("/v1/models", "/v1/models/loaded", "/health", "/metrics"):
+            assert server.get(path).status_code == 200
+        assert time.monotonic() - began < 1.0
+        wait_for(lambda: server.log().count("reason='it does not answer within 5 s'") == 2, 10)
+
+
+def test_gateway_behind_a_gateway(serve: Serve, server: Server) -> None:
+    """The models directory of the other one is no folder of ours."""
+    inner = serve(STARTER, api_key="theirs")
+    with Server(server.models, server.data.parent / "outer", **behind(inner)) as outer:
+        name = f"inner/{MODEL}"
+        wait_for(lambda: name in models(outer))
+        assert ok(outer.get(f"/v1/models/{name}"))["owned_by"] == "inner"
+        plain = text_of(outer.chat(model=name, max_tokens=8))
+        with outer.stream(model=name, max_tokens=8) as stream:
+            *events, done = stream.rest()
+        assert (deltas(events), done) == (plain, "[DONE]")
+        error_of(outer.chat(model="inner/none"), 404, "model_not_found")
+        assert outer.loaded() == []
+
+
+def behind(inner: Server) -> dict[str, str]:
+    return {"upstreams": f"inner={inner.url}/v1", "upstream_keys": "inner=theirs"}
+
+
+def test_models_of_other_servers_are_loaded_by_themselves(server: Server) -> None:
+    error_of(server.post("/v1/models/load", {"model": "fake/m"}), 400, "invalid_request")
+    error_of(server.unload("fake/m"), 400, "invalid_request")
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -20,6 +20,7 @@ from xandrouting.http.lifecycle import add_lifecycle_calls
 from xandrouting.http.logs import add_log_calls
 from xandrouting.http.models import add_model_lists
 from xandrouting.http.openapi import describe
+from xandrouting.http.providers import add_provider_calls
 from xandrouting.http.router_calls import RouterRequest, add_router_calls
 from xandrouting.http.schemas import ErrorAnswer, Health, ParkedItem, Root, SparesItem, System
 from xandrouting.http.services import Services
@@ -28,7 +29,8 @@ from xandrouting.proxy.request import LoadRequest, PinRequest, PlanRequest, Unlo
 
 SHOWN_PATHS = ("/v1/models", "/v1/models/loaded", "/v1/events", "/v1/system", "/health")
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 405, 413, 429, 500, 502, 503)
+    status: {"model": ErrorAnswer}
+    for status in (400, 401, 403, 404, 405, 413, 429, 500, 502, 503, 504)
 }
 
 
@@ -43,6 +45,7 @@ def build_control(services: Services) -> FastAPI:
     )
     _add_error_handlers(app)
     _add_status_calls(app, services)
+    add_provider_calls(app, services, default_ttl_s=services.default_ttl_s)
     add_event_calls(app, services.bus)
     add_lifecycle_calls(app, services)
     add_router_calls(app, services)

@@ -13,13 +13,16 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qs
 
 from xandrouting.core.errors import (
+    EngineDied,
     GatewayError,
     InvalidRequest,
     ModelNotFound,
+    UpstreamRedirects,
     UpstreamUnreachable,
 )
 from xandrouting.http.body import ClientLeft, Receive, read_body
@@ -27,14 +30,16 @@ from xandrouting.http.errors import headers_of, to_bytes, to_sse
 from xandrouting.http.gate import Gate
 from xandrouting.http.protocol import Connection, connection_of
 from xandrouting.inventory.inventory import Inventory
+from xandrouting.net.client import Response
 from xandrouting.pool.engine import Engine
 from xandrouting.pool.pool import Claim, EnginePool
-from xandrouting.proxy.forward import Answer, Send, ask, relay
+from xandrouting.proxy.forward import Answer, Send, ask, check_foreign, relay
 from xandrouting.proxy.headers import EVENT_STREAM_HEADERS
 from xandrouting.proxy.request import BodyParser, Chat, Inference, Routing, body_for
 from xandrouting.proxy.sse import comment
 from xandrouting.routing.catalog import Catalog, Route
 from xandrouting.telemetry.requests import RequestStats
+from xandrouting.upstreams.upstreams import Upstreams
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +109,8 @@ class InferenceApi:
         inventory: Inventory,
         pool: EnginePool,
         stats: RequestStats,
+        upstreams: Upstreams,
+        upstream_timeout_s: float,
         keepalive_after_s: float,
         max_load_wait_s: float,
         max_queue_wait_s: float,
@@ -115,6 +122,8 @@ class InferenceApi:
         self.inventory = inventory
         self.pool = pool
         self.stats = stats
+        self.upstreams = upstreams
+        self.upstream_timeout_s = upstream_timeout_s
         self.keepalive_after_s = keepalive_after_s
         self.max_load_wait_s = max_load_wait_s
         self.max_queue_wait_s = max_queue_wait_s
@@ -232,9 +241,9 @@ class EngineCall(ABC):
             return
         try:
             await self._exchange(asked)
-        except UpstreamUnreachable:
-            if asked.route.file is None:
-                raise
+        except (UpstreamUnreachable, EngineDied):
+            if not asked.route.spec.key.is_local:
+                raise  # it was tried again already
             # An engine of ours that listens no more has just died, and its end is on its way
             # to the scheduler. The next one may have the request: this one refused it, or
             # closed a kept connection on it at once (`RACE_S` in net/client.py).
@@ -243,7 +252,7 @@ class EngineCall(ABC):
 
     async def _exchange(self, asked: Exchange) -> None:
         """Hold a lease until the client has the engine's answer."""
-        api, path, route = self._api, self._scope["path"], asked.route
+        api, route = self._api, asked.route
         claim = api.pool.claim(
             route.spec,
             ttl_s=route.ttl_s,
@@ -255,25 +264,42 @@ class EngineCall(ABC):
         try:
             engine = claim.engine or await self._wait(claim, stream=asked.stream)
             self._tell(claim, engine, route)
-            client = engine.client
-            assert client is not None  # a granted engine listens
-            name = f"The {'upstream' if route.file is None else 'engine of'} {claim.key.model}"
-            response = await ask(
-                client,
-                asked.path,
-                self._body,
-                method=asked.method,
-                headers=asked.headers,
-                name=name,
-                explain=None
-                if asked.raw
-                else lambda status, error: engine.adapter.explain(status, error, path),
-            )
+            name = f"The {'engine of' if claim.key.is_local else 'upstream'} {claim.key.model}"
+            response = await self._ask(asked, engine, name)
             self._body = b""
             # A client may ask for another model as soon as it has its answer.
             await relay(response, self._answer, name=name, on_whole=claim.release)
         finally:
             claim.release()
+
+    async def _ask(self, asked: Exchange, engine: Engine, name: str) -> Response:
+        """Ask the engine, and another's server with what that takes: see `Upstreams.reach`."""
+        api, path, key = self._api, self._scope["path"], asked.route.spec.key
+        client = engine.client
+        assert client is not None  # a granted engine listens
+        ask_once = partial(
+            ask,
+            client,
+            asked.path,
+            self._body,
+            method=asked.method,
+            headers=asked.headers,
+            name=name,
+            explain=None
+            if asked.raw
+            else lambda status, error: engine.adapter.explain(status, error, path),
+        )
+        if key.is_local:
+            return await ask_once()
+        response = await api.upstreams.reach(
+            key.model, partial(ask_once, silence_s=api.upstream_timeout_s)
+        )
+        try:
+            check_foreign(response, name=name)
+        except UpstreamRedirects as error:
+            log.warning("upstream redirects upstream=%s %s", key.model, error.detail)
+            raise
+        return response
 
     def _client_left(self) -> None:
         if not self._answer.finished and self._task is not None:
@@ -314,7 +340,7 @@ class EngineCall(ABC):
         if self._answer.started:
             return
         self._answer.headers[1:] = [
-            (b"x-xandrouting-engine", engine.label),
+            (b"x-xandrouting-engine", _labelled(engine, route)),
             (b"x-xandrouting-load", load),
             (b"x-xandrouting-queue", queue),
         ]
@@ -362,6 +388,13 @@ class EngineCall(ABC):
         if 0 < len(value) <= MAX_REQUEST_ID and value.isascii():
             return value
         return self._api.request_id()
+
+
+def _labelled(engine: Engine, route: Route) -> bytes:
+    """Return which engine it is, and what the server chose it by if it did."""
+    if not route.chosen_by:
+        return engine.label
+    return b"%b;auto=%b" % (engine.label, route.chosen_by.encode())
 
 
 class _HotCall(EngineCall):

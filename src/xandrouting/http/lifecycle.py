@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 
 from xandrouting.core.engine import EngineView
 from xandrouting.core.errors import ModelNotFound, ModelNotLoaded
-from xandrouting.http import lists
+from xandrouting.http import lists, upstream_lists
 from xandrouting.http.body import read_body
 from xandrouting.http.decisions import decision_item
 from xandrouting.http.openapi import request_body
@@ -47,12 +47,14 @@ def add_lifecycle_calls(app: FastAPI, services: Services) -> None:
     async def load(request: Request) -> LoadedItem:
         """Load a model; with `wait: false` answer 202 at once."""
         wanted = load_parser.parse(await body_bytes(request))
+        wait_s = services.inference.max_load_wait_s
+        there = await upstream_lists.load(services.upstreams, wanted, wait_s=wait_s)
+        if there is not None:
+            return there
         if wanted.wait is False:
             job = loads.job_item(await loads.start(wanted))
             return JSONResponse(job.model_dump(), 202)  # type: ignore[return-value]
-        return await loads.finish(
-            await loads.begin(wanted, wait_s=services.inference.max_load_wait_s)
-        )
+        return await loads.finish(await loads.begin(wanted, wait_s=wait_s))
 
     @app.get("/v1/models/load/{load_id}", tags=["models"])
     async def load_job(load_id: str) -> LoadJob:
@@ -85,6 +87,9 @@ def add_lifecycle_calls(app: FastAPI, services: Services) -> None:
     async def unload(request: Request) -> Unloaded:
         """Unload a model's engines and answer when they are gone; busy ones end first."""
         wanted = unload_parser.parse(await body_bytes(request))
+        there = await upstream_lists.unload(services.upstreams, wanted)
+        if there is not None:
+            return there
         going = engines_of(services, wanted)
         if not going and wanted.backend not in (None, "auto"):
             raise ModelNotLoaded(
@@ -97,7 +102,10 @@ def add_lifecycle_calls(app: FastAPI, services: Services) -> None:
 
     @app.post("/v1/models/unload-all", tags=["models"])
     async def unload_all() -> Unloaded:
-        """Unload every engine and answer when they are gone; busy ones end first."""
+        """Unload every engine and answer when they are gone; busy ones end first.
+
+        What an upstream holds in memory is its own and stays.
+        """
         return await let_go(services, local_engines(services), force=False)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
 from xandrouting.core.engine import EngineView
 from xandrouting.core.engine_state import EngineState
-from xandrouting.core.model import ENGINES, Backend, MemoryUse
+from xandrouting.core.model import ENGINES, MemoryUse
 from xandrouting.http.decisions import decision_item, loading_item
 from xandrouting.http.schemas import (
     InventoryFile,
@@ -23,6 +24,7 @@ from xandrouting.http.schemas import (
 from xandrouting.inventory.model_file import VIRTUAL_ROOT, ModelFile
 from xandrouting.pool.engine import Engine
 from xandrouting.pool.pool import EnginePool
+from xandrouting.routing.catalog import SERVED_BY
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -149,21 +151,19 @@ def status_of(file: ModelFile, pool: EnginePool) -> Status:
 
 def model_item(file: ModelFile, pool: EnginePool) -> ModelItem:
     """Describe a model as the OpenAI API does, and then some."""
-    header = file.header
-    capabilities = ["completion"]
-    if header is not None and header.pooling_type:
-        capabilities = ["embedding"]
-    elif header is not None and header.chat_template:
+    traits = file.traits
+    capabilities = ["embedding"] if traits.pooling else ["completion"]
+    if traits.chat_template and not traits.pooling:
         capabilities.append("chat")
-    if file.mmproj is not None:
+    if traits.vision:
         capabilities.append("vision")
     return ModelItem(
         id=file.id,
         created=int(file.modified),
         status=status_of(file, pool),
-        context_length=None if header is None else header.context_length,
+        context_length=traits.context_length,
         quantization=file.quantization,
-        backend=Backend.LLAMACPP,
+        backend=SERVED_BY[file.format],
         size_bytes=file.size_bytes,
         capabilities=capabilities,
     )
@@ -171,21 +171,10 @@ def model_item(file: ModelFile, pool: EnginePool) -> ModelItem:
 
 def inventory_item(file: ModelFile, pool: EnginePool, *, fits: bool | None) -> InventoryItem:
     """Describe what lies on disk."""
-    header = file.header
-    metadata = (
-        {}
-        if header is None
-        else {
-            "architecture": header.architecture,
-            "name": header.name,
-            "parameters": header.parameters,
-            "context_length": header.context_length,
-            "layers": header.block_count,
-            "heads": header.head_count,
-            "embedding_length": header.embedding_length,
-            "chat_template": header.chat_template is not None,
-        }
-    )
+    traits = file.traits
+    unread = file.header is None and file.safetensors is None
+    metadata = {} if unread else asdict(traits)
+    backends = [str(SERVED_BY[file.format])]
     size_gb = round(file.size_bytes / GIB, 2)
     folder = f"{VIRTUAL_ROOT}/{file.folder}".rstrip("/")
     return InventoryItem(
@@ -193,8 +182,8 @@ def inventory_item(file: ModelFile, pool: EnginePool, *, fits: bool | None) -> I
         model_name=file.stem,
         path=file.id,
         model_path=folder,
-        type="gguf",
-        model_type="gguf",
+        type=file.format,
+        model_type=file.format,
         size=file.size_bytes,
         total_size_bytes=file.size_bytes,
         size_gb=size_gb,
@@ -203,11 +192,11 @@ def inventory_item(file: ModelFile, pool: EnginePool, *, fits: bool | None) -> I
         file_count=len(file.files),
         files=[_file(part.relative, part.size_bytes, file.quantization) for part in file.files],
         quantization=file.quantization,
-        recommended_backend=Backend.LLAMACPP,
-        recommended_backends=[Backend.LLAMACPP],
-        recommendedBackend=[Backend.LLAMACPP],
+        recommended_backend=backends[0],
+        recommended_backends=backends,
+        recommendedBackend=backends,
         is_loaded=status_of(file, pool).value == "loaded",
-        has_config=False,
+        has_config=file.safetensors is not None,
         config_metadata=metadata,
         metadata=metadata,
         fits=fits,
@@ -217,6 +206,7 @@ def inventory_item(file: ModelFile, pool: EnginePool, *, fits: bool | None) -> I
 
 def _file(relative: str, size_bytes: int, quantization: str | None) -> InventoryFile:
     name = PurePosixPath(relative).name
+    kind = PurePosixPath(relative).suffix.removeprefix(".").lower()
     return InventoryFile(
         path=f"{VIRTUAL_ROOT}/{relative}",
         filename=name,
@@ -224,7 +214,7 @@ def _file(relative: str, size_bytes: int, quantization: str | None) -> Inventory
         size_bytes=size_bytes,
         size_mb=round(size_bytes / MIB, 2),
         size_gb=round(size_bytes / GIB, 2),
-        file_type="gguf",
-        type="gguf",
+        file_type=kind,
+        type=kind,
         quantization=quantization,
     )

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from xandrouting.core.engine_state import EngineState
 from xandrouting.core.errors import BackendUnavailable
-from xandrouting.http import lists
+from xandrouting.http import lists, upstream_lists
 from xandrouting.http.model_path import named
 from xandrouting.http.schemas import InventoryList, LoadedList, ModelItem, ModelList, Stats
 from xandrouting.http.services import Services
@@ -18,14 +18,15 @@ from xandrouting.proxy.request import Routing
 
 def add_model_lists(app: FastAPI, services: Services) -> None:
     """Add the calls that only look: nothing here loads, waits or resets a TTL."""
-    pool, inventory = services.pool, services.inventory
+    pool, inventory, upstreams = services.pool, services.inventory, services.upstreams
 
     @app.get("/v1/models", tags=["models"])
     async def models() -> ModelList:
         """List every loadable model."""
         snapshot = await inventory.refresh()
         whole = (file for file in snapshot.models if file.problem is None)
-        return ModelList(data=[lists.model_item(file, pool) for file in whole])
+        items = [lists.model_item(file, pool) for file in whole]
+        return ModelList(data=[*items, *upstream_lists.model_items(upstreams)])
 
     @app.get("/v1/models/loaded", tags=["models"])
     async def loaded() -> LoadedList:
@@ -36,6 +37,7 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
             for view, engine in pool.views()
             if lists.is_local(view)
         ]
+        items += upstream_lists.loaded_items(upstreams)
         return LoadedList(models=items, loaded_models=items, total_count=len(items))
 
     @app.get("/v1/models/inventory", tags=["models"])
@@ -58,6 +60,9 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
     @app.get("/v1/models/{model_id:path}", tags=["models"])
     async def model(model_id: str) -> ModelItem:
         """Describe one model; its id may be given with or without the leading slash."""
+        item = upstream_lists.model_item(upstreams, model_id)
+        if item is not None:
+            return item
         await inventory.refresh()
         names = services.catalog.names()
         return lists.model_item(names.resolve(named(model_id)), pool)

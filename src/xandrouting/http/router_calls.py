@@ -7,7 +7,7 @@ silent to its server-models.cpp. docs/compatibility.md lists what differs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -17,6 +17,7 @@ from msgspec import Meta, Raw, Struct
 from xandrouting.core.engine import EngineView
 from xandrouting.core.engine_state import EngineState
 from xandrouting.core.errors import InvalidRequest, ModelNotFound
+from xandrouting.core.model import Backend, LoadOptions
 from xandrouting.http import lists
 from xandrouting.http.lifecycle import body_bytes, engines_of, local_engines
 from xandrouting.http.openapi import request_body
@@ -192,8 +193,10 @@ class RouterNews:
 
 
 def arguments(view: EngineView) -> list[str]:
-    """Return the command line of llama-server that would start the same engine."""
+    """Return the command line that would start the same engine by hand."""
     options = view.options
+    if view.engine.key.backend is not Backend.LLAMACPP:
+        return _vllm_arguments(view.engine.key.model, options)
     slots = options.n_parallel or 1
     named = (
         ("--model", view.engine.key.model),
@@ -203,8 +206,23 @@ def arguments(view: EngineView) -> list[str]:
         ("--cache-type-k", options.cache_type_k),
         ("--cache-type-v", options.cache_type_v),
     )
-    pairs = [(name, str(value)) for name, value in named if value is not None]
-    return ["llama-server", *(part for pair in pairs for part in pair)]
+    return ["llama-server", *_given(named)]
+
+
+def _vllm_arguments(model: str, options: LoadOptions) -> list[str]:
+    named = (
+        ("--max-model-len", options.max_model_len),
+        ("--max-num-seqs", options.n_parallel),
+        ("--tensor-parallel-size", options.tensor_parallel_size),
+        ("--gpu-memory-utilization", options.gpu_memory_utilization),
+    )
+    return ["vllm", "serve", model, *_given(named)]
+
+
+def _given(named: Iterable[tuple[str, str | float | None]]) -> Iterator[str]:
+    for name, value in named:
+        if value is not None:
+            yield from (name, str(value))
 
 
 def _engines(services: Services, model: str) -> list[tuple[EngineView, Engine]]:
@@ -240,10 +258,10 @@ def _router_model(services: Services, file: ModelFile) -> RouterModel:
     views = [view for view, _ in _engines(services, file.id) if view.state not in _NO_LONGER]
     status = _router_status(item.status, queued=bool(services.loads.under_way(file.id)))
     status.args = arguments(views[0]) if views else None
-    inputs = ["text"] if file.mmproj is None else ["text", "image"]
+    inputs = ["text", "image"] if file.traits.vision else ["text"]
     loaded = status.value in ("loaded", "sleeping") and views
     return RouterModel(
-        **{**item.model_dump(), "owned_by": "llamacpp", "status": status},
+        **{**item.model_dump(), "owned_by": item.backend, "status": status},
         path=file.id,
         architecture=Architecture(input_modalities=inputs, output_modalities=["text"]),
         meta=_meta(file, views[0]) if loaded else None,
@@ -262,15 +280,15 @@ def _router_status(status: Status, *, queued: bool) -> RouterStatus:
 
 
 def _meta(file: ModelFile, view: EngineView) -> dict[str, int]:
-    header = file.header
-    known = {"n_ctx": view.options.n_ctx, "size": file.size_bytes}
-    if header is not None:
-        known |= {
-            "n_vocab": header.vocab_size,
-            "n_ctx_train": header.context_length,
-            "n_embd": header.embedding_length,
-            "n_params": header.parameters,
-        }
+    traits = file.traits
+    n_ctx = view.options.n_ctx or view.options.max_model_len
+    known: dict[str, int | None] = {"n_ctx": n_ctx, "size": file.size_bytes}
+    known |= {
+        "n_vocab": traits.vocab_size,
+        "n_ctx_train": traits.context_length,
+        "n_embd": traits.embedding_length,
+        "n_params": traits.parameters,
+    }
     return {name: value for name, value in known.items() if value is not None}
 
 

@@ -51,7 +51,10 @@ class Status(BaseModel):
 
 
 class ModelItem(BaseModel):
-    """One loadable model, as the OpenAI API lists it, and what else is known of it."""
+    """One loadable model, as the OpenAI API lists it, and what else is known of it.
+
+    `owned_by` is `local`, or the upstream that has it. `size_bytes`: null where that tells none.
+    """
 
     id: str
     object: str = "model"
@@ -61,7 +64,7 @@ class ModelItem(BaseModel):
     context_length: int | None
     quantization: str | None
     backend: str
-    size_bytes: int
+    size_bytes: int | None
     capabilities: list[str]
 
 
@@ -75,7 +78,7 @@ class ModelList(BaseModel):
 class RouterStatus(Status):
     """A model's state as llama-server's router says it: `failed` stands beside `unloaded`.
 
-    `args` is the command line of llama-server that would start the same engine.
+    `args` is the command line that would start the same engine.
     """
 
     args: list[str] | None = None
@@ -120,7 +123,7 @@ class RunningItem(BaseModel):
     """One engine as llama-swap lists it.
 
     `state`: `starting`, `ready` or `stopping`. `ttl` is in seconds; 0: for ever. `cmd` is the
-    command line of llama-server that would start the same engine.
+    command line that would start the same engine.
     """
 
     model: str
@@ -285,17 +288,20 @@ class System(BaseModel):
 
 
 class LoadedItem(BaseModel):
-    """One engine. `model` is the exact string the client last used, `path` the canonical id."""
+    """One engine. `model` is the exact string the client last used, `path` the canonical id.
+
+    Or a model in the memory of an Ollama, which is its `node`: null is what that does not tell.
+    """
 
     model: str
     model_path: str
     path: str
-    engine: str
+    engine: str | None
     cache_key: str
     backend: str
     device: str
     state: str
-    ttl: float
+    ttl: float | None
     ttl_remaining: float | None
     ttlRemaining: float | None  # noqa: N815 - the older server's name
     loaded_at: str | None
@@ -303,7 +309,7 @@ class LoadedItem(BaseModel):
     last_used: str | None
     expires_at: str | None
     load_seconds: float | None
-    active_requests: int
+    active_requests: int | None
     pinned: bool
     n_ctx: int | None
     n_gpu_layers: int | None
@@ -317,7 +323,7 @@ class LoadedItem(BaseModel):
     node: str
     placement: list[str]
     loading: LoadingItem | None
-    decision: DecisionItem
+    decision: DecisionItem | None
 
 
 class LoadedList(BaseModel):
@@ -428,7 +434,7 @@ class Pinned(BaseModel):
 
 
 class UnloadResult(BaseModel):
-    """One engine that left."""
+    """One engine that left. `status`: `unloaded`, or `draining` where an Ollama's is busy."""
 
     model: str
     model_path: str
@@ -451,12 +457,18 @@ class Unloaded(BaseModel):
 
 
 class EngineStatus(BaseModel):
-    """Whether a backend can serve here."""
+    """Whether a backend can serve here.
+
+    `command` is what installs it. `devices` are those of this machine that it can use, as
+    `cpu`, `cuda:0`, …; null: not told apart from what the machine has.
+    """
 
     status: str
     available: bool
     reason: str | None
     version: str | None
+    command: str | None = None
+    devices: list[str] | None = None
 
 
 class Health(BaseModel):

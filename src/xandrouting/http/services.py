@@ -16,13 +16,15 @@ from xandrouting.telemetry.events import EventBus
 from xandrouting.telemetry.logs import LogBook
 from xandrouting.telemetry.metrics import Metrics
 from xandrouting.telemetry.requests import RequestStats
+from xandrouting.upstreams.upstreams import Upstreams
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
     """The rooms behind the control calls. `backends` tells what can serve here, and why not.
 
-    `max_loaded` is how many engines there may be at once; None: as many as fit.
+    `default_ttl_s` is how long a model idles whose requests do not say. `max_loaded` is how
+    many engines there may be at once; None: as many as fit.
     """
 
     version: str
@@ -33,8 +35,10 @@ class Services:
     parking: Parking
     catalog: Catalog
     inventory: Inventory
+    upstreams: Upstreams
     stats: RequestStats
     metrics: Metrics
     bus: EventBus
     logs: LogBook
     backends: Callable[[], Mapping[str, EngineStatus]]
+    default_ttl_s: float

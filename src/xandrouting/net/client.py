@@ -7,6 +7,8 @@ a chunk. Figures and the traps it avoids: `docs/adr/0001-data-plane.md`.
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 import ssl
 from typing import Final, cast
 from urllib.parse import urlsplit
@@ -21,6 +23,13 @@ JOIN_BYTES: Final = 64 * 1024  # a request up to this size leaves in one write
 
 Headers = list[tuple[bytes, bytes]]
 
+_WORDS: Final = {
+    errno.ECONNREFUSED: "connection refused",
+    errno.ECONNRESET: "the connection was closed at once",
+    errno.EHOSTUNREACH: "its machine cannot be reached",
+    errno.ENETUNREACH: "its network cannot be reached",
+}
+
 
 class UpstreamError(Exception):
     """The upstream broke off or spoke something that is not HTTP/1.1.
@@ -33,8 +42,12 @@ class UpstreamError(Exception):
         self.began = began
 
 
+class SilentError(UpstreamError):
+    """The upstream sent nothing for as long as the request allowed."""
+
+
 class ConnectError(UpstreamError):
-    """No connection to the upstream could be made."""
+    """No connection to the upstream could be made; the text says why, for people."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, began=False)
@@ -147,6 +160,8 @@ class _Connection(asyncio.Protocol):
         self._to_eof = False  # the answer's end is the connection's end
         self._paused = False
         self._keep = False  # both sides want the connection to stay
+        self._heard = 0.0  # when the last byte came, or the request began
+        self._silence: asyncio.TimerHandle | None = None
         self.idle_since = 0.0
 
     # asyncio.Protocol
@@ -160,6 +175,8 @@ class _Connection(asyncio.Protocol):
             self.abort()  # an idle connection has nothing to say
             return
         self._began = True
+        if self._silence is not None:
+            self._heard = self._loop.time()
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -218,13 +235,19 @@ class _Connection(asyncio.Protocol):
         """Whether another request may be written to it."""
         return self._transport is not None and not self._transport.is_closing()
 
-    async def exchange(self, head: bytes, body: bytes) -> Response:
-        """Write one request and return its answer once its headers are here."""
+    async def exchange(self, head: bytes, body: bytes, silence_s: float | None) -> Response:
+        """Write one request and return its answer once its headers are here.
+
+        The answer fails when nothing comes for `silence_s`, to its end.
+        """
         transport = self._transport
         if transport is None:
             raise UpstreamError("the connection is closed", began=False)
         response = self._response = Response(self)
         self._began = self._to_eof = self._keep = False
+        if silence_s is not None:
+            self._heard = self._loop.time()
+            self._listen_for(silence_s, silence_s)
         if len(body) <= JOIN_BYTES:
             transport.write(head + body)
         else:
@@ -253,6 +276,7 @@ class _Connection(asyncio.Protocol):
     def resume_reading(self) -> None:
         if self._paused and self._transport is not None:
             self._paused = False
+            self._heard = self._loop.time()  # it was not silent: it was not listened to
             self._transport.resume_reading()
 
     def finish(self, response: Response) -> None:
@@ -260,6 +284,7 @@ class _Connection(asyncio.Protocol):
         if self._response is not response:
             return
         self._response = None
+        self._stop_listening()
         if response.complete and self._keep and not self._to_eof:
             self.resume_reading()
             self._client.give_back(self)
@@ -269,6 +294,7 @@ class _Connection(asyncio.Protocol):
     def abort(self) -> None:
         """Cut the connection now, without sending what was not sent yet."""
         self._response = None
+        self._stop_listening()
         if self._transport is not None:
             self._transport.abort()
 
@@ -276,6 +302,26 @@ class _Connection(asyncio.Protocol):
         """Close the connection under whoever reads from it."""
         self._fail("the connection was cut")
         self.abort()
+
+    def _listen_for(self, silence_s: float, next_s: float) -> None:
+        self._silence = self._loop.call_later(next_s, self._check_silence, silence_s)
+
+    def _stop_listening(self) -> None:
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
+
+    def _check_silence(self, silence_s: float) -> None:
+        response = self._response
+        left_s = silence_s if self._paused else self._heard + silence_s - self._loop.time()
+        if response is None or response.complete:
+            self._silence = None
+        elif left_s > 0:
+            self._listen_for(silence_s, left_s)
+        else:
+            response.error = SilentError(f"nothing came for {silence_s:g} s", began=self._began)
+            self.abort()
+            self._wake()
 
     def _fail(self, message: str) -> None:
         response = self._response
@@ -325,17 +371,25 @@ class Client:
         return len(self._connections)
 
     async def request(
-        self, method: bytes, path: bytes, body: bytes = b"", headers: bytes = b""
+        self,
+        method: bytes,
+        path: bytes,
+        body: bytes = b"",
+        headers: bytes = b"",
+        *,
+        silence_s: float | None = None,
     ) -> Response:
         """Send one request and return the answer once its headers are here.
 
         `headers` are whole lines, each with its CRLF. A request that went out on a kept
         connection which closed at once and without one byte of answer is sent once more on
         a fresh one: the upstream closed it for idleness and never read the request.
-        Cancelling cuts the connection.
+        Cancelling cuts the connection. `silence_s` is how long the upstream may send nothing
+        before and during its answer, while that is read; None: for ever.
 
         Raises:
             ConnectError: nobody listens there, or not within the connect timeout.
+            SilentError: it was silent for too long; reading the answer raises it too.
             UpstreamError: it closed or broke the connection before its headers were here.
         """
         head = b"%b %b%b%b%bcontent-length: %d\r\n\r\n" % (
@@ -350,12 +404,12 @@ class Client:
         if kept is not None:
             sent = self._loop.time()
             try:
-                return await kept.exchange(head, body)
+                return await kept.exchange(head, body, silence_s)
             except UpstreamError as error:
                 if error.began or self._loop.time() - sent > RACE_S:
                     raise
         connection = await self._connect()
-        return await connection.exchange(head, body)
+        return await connection.exchange(head, body, silence_s)
 
     async def get(self, path: bytes, *, limit: int = 1 << 20) -> tuple[int, bytes]:
         """Return status and body of a GET, at most `limit` bytes of it."""
@@ -407,5 +461,19 @@ class Client:
                     lambda: _Connection(self), self._host, self._port, ssl=self._ssl
                 )
         except OSError as error:  # TimeoutError is one
-            raise ConnectError(type(error).__name__) from error
+            raise ConnectError(self._why_not(error)) from error
         return connection
+
+    def _why_not(self, error: OSError) -> str:
+        match error:
+            case TimeoutError():
+                return f"no connection within {self._connect_timeout_s:g} s"
+            case socket.gaierror():
+                return "its name cannot be resolved"
+            case ssl.SSLCertVerificationError():
+                return f"its certificate is refused: {error.verify_message}"
+            case ssl.SSLError():
+                return "it does not speak TLS: is its address http:// and not https://?"
+        if error.errno is None and f"[Errno {errno.ECONNREFUSED}]" in str(error):
+            return "connection refused"  # at each of several addresses
+        return _WORDS.get(error.errno or 0, f"no connection ({type(error).__name__})")

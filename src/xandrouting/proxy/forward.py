@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -16,11 +17,21 @@ from xandrouting.core.errors import (
     EngineError,
     EngineRejected,
     GatewayError,
+    UpstreamNotAnApi,
+    UpstreamRedirects,
+    UpstreamTimeout,
     UpstreamUnreachable,
 )
-from xandrouting.net.client import Client, ConnectError, Headers, Response, UpstreamError
+from xandrouting.net.client import (
+    Client,
+    ConnectError,
+    Headers,
+    Response,
+    SilentError,
+    UpstreamError,
+)
 from xandrouting.proxy.headers import EVENT_STREAM, STREAM_HEADERS, passed_on
-from xandrouting.proxy.sse import DONE, split_events
+from xandrouting.proxy.sse import DONE, split_error, split_events
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Explain = Callable[[int, Mapping[str, Any]], GatewayError | None]
@@ -71,32 +82,73 @@ async def ask(
     headers: bytes,
     name: str,
     explain: Explain | None,
+    silence_s: float | None = None,
 ) -> Response:
     """Send `body` to the engine and return its answer once that has begun.
 
     `name` is what errors call the engine. `headers` are whole lines for the engine. Without
-    `explain` a refusal is an answer like any other. End the answer with `relay`.
+    `explain` a refusal is an answer like any other. For longer than `silence_s` it may not be
+    silent, to the end of its answer. End the answer with `relay`.
 
     Raises:
         UpstreamUnreachable: nobody listens there; the engine never saw the request.
         GatewayError: it broke off, or refused; the error says what it said.
     """
     try:
-        response = await client.request(method, path, body, headers)
+        response = await client.request(method, path, body, headers, silence_s=silence_s)
     except ConnectError as error:
         raise UpstreamUnreachable(
-            f"{name} does not accept connections. Check that it runs, then ask again."
+            f"{name} cannot be reached: {error}. Check that it runs and that its address is "
+            "right, then ask again."
         ) from error
     except UpstreamError as error:
-        raise _died(name) from error
+        raise _died(name, error) from error
     if response.status < 400 or explain is None:
         return response
     try:
         raise await _rejection(response, name, explain)
     except UpstreamError as error:
-        raise _died(name) from error
+        raise _died(name, error) from error
     finally:
         response.close()
+
+
+def check_foreign(response: Response, *, name: str) -> None:
+    """Make sure that the answer of somebody else's server is one of an API; close it if not.
+
+    Raises:
+        UpstreamRedirects: it sends us elsewhere.
+        UpstreamNotAnApi: it is a web page, or what else has no place here.
+    """
+    error = _not_ours(response, name)
+    if error is not None:
+        response.close()
+        raise error
+
+
+def _not_ours(response: Response, name: str) -> GatewayError | None:
+    if 300 <= response.status < 400:
+        return UpstreamRedirects(
+            f"{name} redirects to another address, which is not followed. Set the address it "
+            "answers at in the server's settings; the server's log names the host.",
+            detail=f"location={_host(response.header(b'location') or b'')}",
+        )
+    kind = (response.header(b"content-type") or b"").lower()
+    if kind and b"json" not in kind and not kind.startswith(EVENT_STREAM):
+        shown = kind.partition(b";")[0].strip()[:60].decode("latin-1")
+        return UpstreamNotAnApi(
+            f"{name} answers with {shown!r}, as no API of this kind does. Check its address in "
+            "the server's settings."
+        )
+    return None
+
+
+def _host(location: bytes) -> str:
+    """Return the host of a redirect's target, fit for a log line; the rest may hold secrets."""
+    try:
+        return repr(urlsplit(location.decode("latin-1")).hostname or "the same")
+    except ValueError:
+        return "unreadable"
 
 
 async def relay(
@@ -108,18 +160,21 @@ async def relay(
     still to tell: the client may ask for something else already.
 
     Raises:
-        EngineError: the engine broke off, before or after `answer` started; the caller
-            tells the client.
+        EngineError: the engine broke off or told of an error, before or after `answer`
+            started; the caller tells the client.
+        UpstreamTimeout: it was silent for longer than it may be.
     """
     try:
-        await _relay(response, answer, on_whole)
+        await _relay(response, answer, name, on_whole)
     except UpstreamError as error:
-        raise _died(name) from error
+        raise _died(name, error) from error
     finally:
         response.close()
 
 
-async def _relay(response: Response, answer: Answer, on_whole: Callable[[], None]) -> None:
+async def _relay(
+    response: Response, answer: Answer, name: str, on_whole: Callable[[], None]
+) -> None:
     """Send the answer on, events whole and each as soon as it is there."""
     kind = response.header(b"content-type") or b""
     events = kind.startswith(EVENT_STREAM)
@@ -134,6 +189,11 @@ async def _relay(response: Response, answer: Answer, on_whole: Callable[[], None
         data = response.take()
         if events:
             data, held = split_events(held + data if held else data)
+            data, failure = split_error(data)
+            if failure:
+                if data:
+                    await answer.body(data)
+                raise _failed(failure, name)
             if data.endswith(DONE):
                 await answer.body(data, last=True)
                 on_whole()
@@ -146,6 +206,13 @@ async def _relay(response: Response, answer: Answer, on_whole: Callable[[], None
                 return
     # The last event may lack the empty line that ends it: a client would wait for it.
     await answer.body(held + b"\n\n" if held else b"", last=True)
+
+
+def _failed(events: bytes, name: str) -> EngineError:
+    """Return the error of a stream that goes on to its end after it, and even says [DONE]."""
+    event = events.partition(b"\n")[0].removeprefix(b"data: ")
+    message = _error_object(event).get("message")
+    return EngineError(f"{name} failed: {message or 'it did not say why'}")
 
 
 async def _finish(response: Response) -> None:
@@ -191,7 +258,10 @@ def _error_object(body: bytes) -> Mapping[str, Any]:
     return error if isinstance(error, dict) else {"message": str(error)}
 
 
-def _died(name: str) -> EngineError:
-    return EngineError(
-        f"{name} broke off before the end of its answer. Ask again: it is started anew."
-    )
+def _died(name: str, error: UpstreamError) -> GatewayError:
+    if isinstance(error, SilentError):
+        return UpstreamTimeout(
+            f"{name} was given up: {error}. Ask for less, or raise upstream_timeout_s in the "
+            "server's settings."
+        )
+    return EngineError(f"{name} broke off before the end of its answer. Ask again.")

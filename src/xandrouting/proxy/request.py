@@ -19,35 +19,131 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_
 DeviceName = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$(?!\n)")]
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+_TOKENS: Final = {"x-unit": "tokens"}
 
 
 class Routing(Struct, kw_only=True):
-    """The routing fields: read, then cut from the body. Unset or null: not asked for."""
+    """The routing fields: read, then cut from the body. Unset or null: not asked for.
+
+    What is said of a field here is shown by /openapi.json and by /v1/providers.
+    """
 
     model: Annotated[str, Meta(min_length=1)]
     backend: BackendName | None = None
-    device: DeviceName | None = None
-    gpu_memory_utilization: Annotated[float, Meta(ge=0.1, le=1.0)] | None = None
-    max_model_len: Tokens | None = None
-    n_gpu_layers: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    n_ctx: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
-    n_parallel: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    cache_type_k: CacheType | None = None
-    cache_type_v: CacheType | None = None
-    ttl: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    device: Annotated[
+        DeviceName | None, Meta(title="Device", description="What the model runs on.")
+    ] = None
+    gpu_memory_utilization: Annotated[
+        Annotated[float, Meta(ge=0.1, le=1.0)] | None,
+        Meta(
+            title="GPU memory utilization",
+            description="The share of the card that the engine may take.",
+            examples=[0.5, 0.7, 0.9],
+        ),
+    ] = None
+    max_model_len: Annotated[
+        Tokens | None,
+        Meta(
+            title="Maximum model length",
+            description="The context: the tokens of a request and its answer together.",
+            extra_json_schema=_TOKENS,
+        ),
+    ] = None
+    tensor_parallel_size: Annotated[
+        Annotated[int, Meta(ge=1, le=64)] | None,
+        Meta(title="Tensor parallel size", description="How many cards share the model."),
+    ] = None
+    n_gpu_layers: Annotated[
+        Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None,
+        Meta(
+            title="GPU layers",
+            description="How many layers lie on the GPU: -1 is all, 0 none.",
+            examples=[-1, 0, 35],
+        ),
+    ] = None
+    n_ctx: Annotated[
+        Annotated[int, Meta(ge=0, le=2**31 - 1)] | None,
+        Meta(
+            title="Context size",
+            description="The context each request may use; 0: all the model was trained for.",
+            examples=[2048, 4096, 8192],
+            extra_json_schema=_TOKENS,
+        ),
+    ] = None
+    n_parallel: Annotated[
+        Annotated[int, Meta(ge=1, le=1024)] | None,
+        Meta(title="Parallel requests", description="How many requests it answers at once."),
+    ] = None
+    cache_type_k: Annotated[
+        CacheType | None,
+        Meta(title="KV cache, keys", description="What the keys of the cache are stored as."),
+    ] = None
+    cache_type_v: Annotated[
+        CacheType | None,
+        Meta(title="KV cache, values", description="What the values of the cache are stored as."),
+    ] = None
+    ttl: Annotated[
+        Annotated[int, Meta(ge=0, le=2**31 - 1)] | None,
+        Meta(
+            title="Time to live",
+            description="How long the model stays loaded after its last request; 0: for ever.",
+            examples=[300, 600, 3600],
+            extra_json_schema={"x-unit": "s"},
+        ),
+    ] = None
 
 
 class Inference(Routing, kw_only=True):
     """Any inference request: routing, and OpenAI's parameters where their range is checked."""
 
-    stream: bool | None = None
-    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    max_tokens: Tokens | None = None
+    stream: Annotated[
+        bool | None, Meta(title="Stream", description="Send the answer as it is made.")
+    ] = None
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0.0, le=2.0)] | None,
+        Meta(
+            title="Temperature",
+            description="How freely the next token is chosen; 0: always the likeliest.",
+        ),
+    ] = None
+    top_p: Annotated[
+        Annotated[float, Meta(ge=0.0, le=1.0)] | None,
+        Meta(
+            title="Top p",
+            description="Choose among the likeliest tokens that make up this share together.",
+        ),
+    ] = None
+    presence_penalty: Annotated[
+        Penalty | None,
+        Meta(
+            title="Presence penalty",
+            description="How much less likely a token is once it was used.",
+        ),
+    ] = None
+    frequency_penalty: Annotated[
+        Penalty | None,
+        Meta(
+            title="Frequency penalty",
+            description="How much less likely a token is with each time it was used.",
+        ),
+    ] = None
+    max_tokens: Annotated[
+        Tokens | None,
+        Meta(
+            title="Maximum tokens",
+            description="The answer ends after so many.",
+            extra_json_schema=_TOKENS,
+        ),
+    ] = None
     max_completion_tokens: Tokens | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[
+        str | list[str] | None,
+        Meta(
+            title="Stop",
+            description="The answer ends before any of these texts.",
+            examples=[["END", "\n\n"]],
+        ),
+    ] = None
 
 
 class Message(Struct):

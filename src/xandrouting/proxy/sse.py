@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 DONE: Final = b"data: [DONE]\n\n"
+_ERROR: Final = re.compile(rb'^data: ?\{"error": ?[{"]', re.MULTILINE)
 HOLD_BYTES: Final = 256 * 1024  # an event larger than this is passed on in pieces
 
 
@@ -21,6 +23,15 @@ def split_events(data: bytes) -> tuple[bytes, bytes]:
     if len(data) - end > HOLD_BYTES:
         return data, b""
     return data[:end], data[end:]
+
+
+def split_error(data: bytes) -> tuple[bytes, bytes]:
+    """Split whole events before the first that is an error; b"" as the second part: none is.
+
+    A model's own text cannot look like one: in it every quotation mark is escaped.
+    """
+    found = _ERROR.search(data)
+    return (data, b"") if found is None else (data[: found.start()], data[found.start() :])
 
 
 def comment(text: str) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -43,11 +43,19 @@ class PoolGauges:
 
 
 class Metrics:
-    """Renders counters that are kept elsewhere; costs nothing between two scrapes."""
+    """Renders counters that are kept elsewhere; costs nothing between two scrapes.
 
-    def __init__(self, stats: RequestStats, pool: Callable[[], PoolGauges]) -> None:
+    `upstreams` tells of each upstream whether it answers.
+    """
+
+    def __init__(
+        self,
+        stats: RequestStats,
+        pool: Callable[[], PoolGauges],
+        upstreams: Callable[[], Mapping[str, bool]] = dict,
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Counters(stats, pool))
+        self._registry.register(_Counters(stats, pool, upstreams))
 
     def render(self) -> bytes:
         """Return the exposition in Prometheus' text format."""
@@ -55,9 +63,15 @@ class Metrics:
 
 
 class _Counters(Collector):
-    def __init__(self, stats: RequestStats, pool: Callable[[], PoolGauges]) -> None:
+    def __init__(
+        self,
+        stats: RequestStats,
+        pool: Callable[[], PoolGauges],
+        upstreams: Callable[[], Mapping[str, bool]],
+    ) -> None:
         self._stats = stats
         self._pool = pool
+        self._upstreams = upstreams
 
     def describe(self) -> Iterable[Metric]:
         return ()  # so that registering does not collect
@@ -65,6 +79,12 @@ class _Counters(Collector):
     def collect(self) -> Iterable[Metric]:
         yield from self._request_metrics()
         yield from self._pool_metrics()
+        up = GaugeMetricFamily(
+            "xandrouting_upstream_up", "1 while it answers.", labels=("upstream",)
+        )
+        for name, answers in self._upstreams().items():
+            up.add_metric((name,), answers)
+        yield up
 
     def _request_metrics(self) -> Iterable[Metric]:
         stats = self._stats

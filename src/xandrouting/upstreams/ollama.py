@@ -1,0 +1,168 @@
+"""Ollama's own calls: what it has, what it runs, and to load and unload a model.
+
+Built to docs/api.md and docs/openapi.yaml of ollama/ollama; requests for inference go to its
+OpenAI-compatible side and are not this file's.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta, Struct
+
+from xandrouting.core.errors import EngineError, EngineRejected, GatewayError, ModelNotFound
+from xandrouting.net.client import Client
+from xandrouting.upstreams.openai import (
+    MAX_BYTES,
+    MAX_MODELS,
+    Name,
+    Size,
+    Unusable,
+    decoded,
+    get,
+)
+from xandrouting.upstreams.values import Listing, RemoteModel, RunningModel
+
+FOR_EVER_S: Final = 10 * 365 * 86_400.0  # a negative keep_alive is told as a date in 300 years
+
+_JSON: Final = b"content-type: application/json\r\n"
+
+
+class _Details(Struct):
+    quantization_level: str | None = None
+
+
+class _Tag(Struct):
+    name: Name
+    size: Size | None = None
+    modified_at: datetime | None = None
+    details: _Details | None = None
+
+
+class _Tags(Struct):
+    models: Annotated[list[_Tag], Meta(max_length=MAX_MODELS)] | None  # Go writes an empty one so
+
+
+class _Process(Struct):
+    name: Name
+    size: Size
+    size_vram: Size
+    expires_at: datetime
+    context_length: Size | None = None  # since 0.11
+
+
+class _Processes(Struct):
+    models: Annotated[list[_Process], Meta(max_length=MAX_MODELS)] | None
+
+
+class _Version(Struct):
+    version: Annotated[str, Meta(max_length=100)]
+
+
+class _Said(Struct):
+    error: str | None = None
+
+
+_TAGS: Final = msgspec.json.Decoder(_Tags)
+_PROCESSES: Final = msgspec.json.Decoder(_Processes)
+_VERSION: Final = msgspec.json.Decoder(_Version)
+_SAID: Final = msgspec.json.Decoder(_Said)
+
+
+def canonical(model: str) -> str:
+    """Return a model's name with its tag, as Ollama lists it: without one `latest` is meant."""
+    _, slash, last = model.rpartition("/")
+    return model if ":" in (last if slash else model) else f"{model}:latest"
+
+
+async def look(client: Client) -> Listing:
+    """Ask for models, running ones and the version.
+
+    Raises:
+        Unusable: it answers as no Ollama does.
+        UpstreamError: it does not answer, or breaks off.
+    """
+    tags = await get(client, b"/api/tags")
+    if tags is None:
+        raise Unusable("it has no /api/tags: is it another kind of server?")
+    version = await get(client, b"/api/version")
+    return Listing(
+        tuple(_model(tag) for tag in decoded(_TAGS, tags).models or ()),
+        await running(client),
+        None if version is None else decoded(_VERSION, version).version,
+    )
+
+
+async def running(client: Client) -> tuple[RunningModel, ...]:
+    """Ask which models it holds in memory; one older than the call tells of none.
+
+    Raises:
+        Unusable: it answers as no Ollama does.
+        UpstreamError: it does not answer, or breaks off.
+    """
+    body = await get(client, b"/api/ps")
+    if body is None:
+        return ()
+    return tuple(_running(process) for process in decoded(_PROCESSES, body).models or ())
+
+
+async def set_keep_alive(client: Client, model: str, keep_alive_s: float | None) -> None:
+    """Have a model loaded and kept for so long; 0: unloaded, below 0: kept for ever.
+
+    None is Ollama's own default. Returns when it is done; cancelling cuts the request.
+
+    Raises:
+        GatewayError: it refuses; the error says what it said.
+        UpstreamError: it does not answer, or breaks off.
+    """
+    asked: dict[str, object] = {"model": model, "stream": False}
+    if keep_alive_s is not None:
+        asked["keep_alive"] = keep_alive_s
+    response = await client.request(b"POST", b"/api/generate", msgspec.json.encode(asked), _JSON)
+    try:
+        body = await response.read(MAX_BYTES)
+    finally:
+        response.close()
+    error = _refusal(response.status, body, model)
+    if error is not None:
+        raise error
+
+
+def _refusal(status: int, body: bytes, model: str) -> GatewayError | None:
+    if status == 200:
+        return None
+    try:
+        said = decoded(_SAID, body).error
+    except Unusable:
+        said = None
+    words = said or f"status {status}"
+    if status == 404:
+        return ModelNotFound(f"The upstream ollama has no model '{model}': {words}", param="model")
+    if 400 <= status < 500:
+        return EngineRejected(f"The upstream ollama refused '{model}': {words}", status=status)
+    return EngineError(f"The upstream ollama could not serve '{model}': {words}")
+
+
+def _model(tag: _Tag) -> RemoteModel:
+    created = None if tag.modified_at is None else int(tag.modified_at.timestamp())
+    quantization = None if tag.details is None else tag.details.quantization_level
+    return RemoteModel(
+        tag.name,
+        created if created is not None and created > 0 else None,
+        size_bytes=tag.size,
+        quantization=quantization or None,
+    )
+
+
+def _running(process: _Process) -> RunningModel:
+    expires_at = process.expires_at.timestamp()
+    return RunningModel(
+        process.name,
+        process.size,
+        min(process.size_vram, process.size),
+        None if expires_at - time.time() > FOR_EVER_S else expires_at,
+        process.context_length,
+    )
