@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 MODELS_DIR ?= models
 ARGS ?=
+STARTER := smollm2-135m-instruct
+VLLM_VENV := .venv-vllm
 
-.PHONY: help serve test test-fast check fix bench clean
+.PHONY: help serve vllm test test-fast check fix bench clean
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -15,10 +17,16 @@ serve: $(VENV)/.serve ## Set everything up and run the server (ARGS="--port 9000
 	@$(BIN)/python scripts/fetch_starter.py "$${XANDROUTING_MODELS_DIR:-$(MODELS_DIR)}"
 	@MODELS_DIR="$(MODELS_DIR)" exec $(BIN)/xandrouting serve $(ARGS)
 
+vllm: $(VENV)/.serve ## Install vLLM into .venv-vllm (ARGS="--gpu --force")
+	@$(BIN)/xandrouting engines install vllm --into $(VLLM_VENV) $(ARGS)
+
 test: $(VENV)/.dev ## Run every test, on a real model too
 	@$(BIN)/python scripts/fetch_starter.py .cache/models
 	$(BIN)/pytest tests/unit tests/contract --cov
 	$(BIN)/pytest tests/process tests/engine tests/e2e
+	-@vllm=$${VLLM_BIN:-$$($(BIN)/xandrouting engines install vllm --into $(VLLM_VENV))} && \
+		$${vllm%/*}/python scripts/convert_starter.py .cache/models/$(STARTER)/*.gguf .cache/vllm-models/$(STARTER)
+	$(BIN)/pytest tests/vllm
 
 test-fast: $(VENV)/.dev ## Run the tests without processes and models, in seconds
 	$(BIN)/pytest -q tests/unit
@@ -38,7 +46,7 @@ bench: $(VENV)/.dev ## Measure the server and print a table
 	$(BIN)/python -m bench
 
 clean: ## Remove what the targets made, models excepted
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist bench/.build
+	rm -rf $(VENV) $(VLLM_VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist bench/.build
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

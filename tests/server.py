@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +19,16 @@ from typing import Any, Self
 
 import httpx2
 import psutil
+import pytest
 
 from tests.fakes.processes import all_gone, is_gone
 from tests.waiting import wait_for
+from xandrouting.provision.vllm import FOLDER, Missing, VllmInstall, find_vllm
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache" / "models"
 STARTER = "smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
+VLLM_STARTER = ROOT / ".cache" / "vllm-models" / "smollm2-135m-instruct"
 MODEL = f"/models/{STARTER}"
 ENGINE_MODULE = "xandrouting.engines.llamacpp_server"
 START_TIMEOUT_S = 30.0
@@ -42,6 +45,30 @@ def starter() -> Path:
         subprocess.run([sys.executable, str(script), str(CACHE)], check=True, timeout=100)
     assert path.exists(), "the starter model could not be fetched: `make test` needs it once"
     return path
+
+
+def vllm() -> VllmInstall:
+    """Return this machine's vLLM; skip the test where there is none, but fail it in CI."""
+    found = find_vllm(os.environ, beside=[ROOT / FOLDER])
+    if isinstance(found, Missing):
+        end = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        end(f"{found.reason}: `make vllm` did not run, or said why it could not")
+    return found
+
+
+def vllm_bin() -> Path:
+    """Return vLLM's executable, what `VLLM_BIN` is to be for a server."""
+    return vllm().executable
+
+
+def vllm_model() -> Path:
+    """Return the starter model's safetensors folder; it is converted once, in half a minute."""
+    python = vllm().python
+    if not VLLM_STARTER.exists():
+        assert python is not None, "VLLM_BIN is a script of its own: run `make test` without it"
+        script = ROOT / "scripts" / "convert_starter.py"
+        subprocess.run([python, script, starter(), VLLM_STARTER], check=True, timeout=100)
+    return VLLM_STARTER
 
 
 def models_dir(root: Path, *names: str) -> Path:
@@ -67,7 +94,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def clean_environment() -> dict[str, str]:
     """Return our environment without what the server would read as settings."""
-    bare = ("HOST", "PORT", "MODELS_DIR", "DEFAULT_TTL", "CORS_ORIGINS")
+    bare = ("HOST", "PORT", "MODELS_DIR", "DEFAULT_TTL", "CORS_ORIGINS", "OLLAMA_BASE_URL")
     return {
         name: value
         for name, value in os.environ.items()
@@ -78,13 +105,24 @@ def clean_environment() -> dict[str, str]:
 class Server:
     """`xandrouting serve` on a free port. Use as a context, or call `start` and `close`.
 
-    Settings are keywords: `max_loaded=1` is `XANDROUTING_MAX_LOADED=1`.
+    Settings are keywords: `max_loaded=1` is `XANDROUTING_MAX_LOADED=1`. `environment` goes over
+    ours; `answer_s` is how long a call may take.
     """
 
-    def __init__(self, models: Path, data: Path, *arguments: str, **settings: object) -> None:
+    def __init__(
+        self,
+        models: Path,
+        data: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        answer_s: float = 30.0,
+        **settings: object,
+    ) -> None:
         self.models = models
         self.data = data
         self._arguments = arguments
+        self._environment = environment or {}
+        self._answer_s = answer_s
         self._settings = settings
         self._process: psutil.Popen | None = None
         self._client: httpx2.Client | None = None
@@ -109,7 +147,7 @@ class Server:
         self.url = url
         self._client = httpx2.Client(
             base_url=url,
-            timeout=30.0,
+            timeout=self._answer_s,
             trust_env=False,
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
         )
@@ -136,7 +174,7 @@ class Server:
         with stdout.open("wb") as out, stderr.open("ab") as log:
             self._process = psutil.Popen(
                 [*argv, *self._arguments],
-                env=clean_environment() | settings,
+                env={**clean_environment(), **self._environment, **settings},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,
@@ -211,10 +249,10 @@ class Server:
     def engines(self, model: str = "") -> list[psutil.Process]:
         """Return the engines' processes, of `model` or all, without guards and spares."""
         pids = {item["pid"] for item in self.loaded() if model in ("", item["path"])}
-        return [process for process in self.runners() if process.pid in pids]
+        return [process for process in self.everything() if process.pid in pids]
 
     def runners(self) -> list[psutil.Process]:
-        """Return the engines' processes and the spares."""
+        """Return the processes of llama.cpp's engines, and the spares."""
         return [process for process in self.everything() if is_engine(process)]
 
     def engine_processes(self, model: str = "") -> list[EngineProcess]:
@@ -290,7 +328,8 @@ class EngineProcess:
 
     @classmethod
     def of(cls, process: psutil.Process) -> Self:
-        key = process.environ()["XANDROUTING_ENGINE_KEY"]
+        environment = process.environ()
+        key = environment.get("VLLM_API_KEY") or environment["XANDROUTING_ENGINE_KEY"]
         sockets = process.net_connections("tcp")
         [port] = [s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN]
         return cls(process, port, key)

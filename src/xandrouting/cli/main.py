@@ -1,4 +1,4 @@
-"""The command line: `xandrouting serve`."""
+"""The command line: `xandrouting serve`, `xandrouting engines`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic_settings import CliApp, SettingsError
 
 from xandrouting import __version__
 from xandrouting.app import CannotStart, Gateway, listen, run
+from xandrouting.cli import engines
 from xandrouting.settings import Settings
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(engines.app, name="engines")
 
 
 @app.callback(invoke_without_command=True)

@@ -10,6 +10,9 @@ shorter grace hurries. `tell <line>` hands a line on to the engine's stdin, whic
 once the engine's program runs, or `failed <reason>`, and at the very end `exited <status>`,
 negative for a signal. stderr is the engine's stdout and stderr.
 
+A killed engine leaves its shared memory behind: a file of /dev/shm that a process of the tree was
+seen to map, and that no living process maps any more, is removed before `exited` is told.
+
 Orphans of the engine become the guard's children (a "subreaper"), so leaving the process group
 or the session is no escape. Without Linux's `/proc` and `prctl` only the engine's process group
 is ended.
@@ -19,12 +22,14 @@ from __future__ import annotations
 
 import os
 import select
+import stat
 import sys
 import time
 
 TYPE_CHECKING = False  # as `typing` has it, without importing that
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Iterable
 else:
     import _signal as signal  # the same without its enums, which take 6 ms of the guard's 25
 
@@ -32,6 +37,8 @@ PROC = "/proc"
 COMMANDS, CONTROL, LOG = 0, 1, 2  # this process's stdin, stdout, stderr
 SHORT_GRACE_S = 0.5  # nobody waits for what is left: the gateway or the engine is gone
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.2  # between two looks at a tree that is ending
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the system's own
+LOOK_PAUSE_S = 1.0  # between two looks at a tree that lives; inotify makes the end 10 ms later
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 IGNORED_HERE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a terminal's Ctrl-C is not for us
 IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
@@ -111,11 +118,88 @@ def _pin(pid: int) -> int | None:
         return None  # an old kernel, or a sandbox that does not know the call
 
 
+def shared_files() -> list[tuple[str, int]]:
+    """List this user's files in /dev/shm with their inodes; none where there is no such folder."""
+    try:
+        paths = [f"{SHARED_MEMORY}/{name}" for name in os.listdir(SHARED_MEMORY)]  # noqa: PTH208
+    except OSError:
+        return []
+    found = []
+    for path in paths:
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            continue
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid():
+            found.append((path, status.st_ino))
+    return found
+
+
+def mapped(pids: Iterable[int]) -> set[int]:
+    """Return the inodes of /dev/shm that one of these processes maps, if it lets us see.
+
+    Not the names: what `sem_open` made is shown by the name it had before it was renamed.
+    """
+    device = os.stat(SHARED_MEMORY).st_dev  # noqa: PTH116 - pathlib starts slowly
+    name = b"%02x:%02x" % (os.major(device), os.minor(device))
+    found = set()
+    for pid in pids:
+        try:
+            with open(f"{PROC}/{pid}/maps", "rb") as file:  # noqa: PTH123
+                lines = file.read().split(b"\n")
+        except OSError:
+            continue  # it is gone, or another user's
+        for line in lines:
+            if name in line:
+                fields = line.split(None, 5)  # a path follows, which may hold anything
+                if fields[3] == name:
+                    found.add(int(fields[4]))
+    return found
+
+
+class Segments:
+    """The shared memory that a tree was seen to map.
+
+    A process that was killed maps nothing any more, so they are looked at while all live: when
+    there are new files in /dev/shm, and before a signal. Where this user has no file there, as
+    beside llama.cpp alone, a look is one listing of an empty folder.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._there: set[int] = set()  # all of this user's files, whoever maps them
+        self._settled: set[int] = set()  # those that were there twice: who made them maps them
+
+    def news(self) -> bool:
+        """Whether there are files that were not there at the last call but one."""
+        there = {inode for _, inode in shared_files()}
+        fresh = there - self._settled
+        self._settled, self._there = self._there & there, there
+        return bool(fresh)
+
+    def look(self, pids: Iterable[int]) -> None:
+        """Learn what these processes map."""
+        if any(inode not in self._seen for _, inode in shared_files()):
+            self._seen |= mapped(pids)
+
+    def remove(self) -> None:
+        """Remove those that no process maps; for when the tree is gone."""
+        left = [(path, inode) for path, inode in shared_files() if inode in self._seen]
+        kept = mapped(processes()) if left else set()
+        for path, inode in left:
+            if inode not in kept:
+                try:
+                    os.unlink(path)  # noqa: PTH108
+                except FileNotFoundError:
+                    pass  # whoever made it did
+
+
 class Tree:
     """The engine and everything that came of it."""
 
     def __init__(self, engine: int, grace_s: float) -> None:
         self.status: int | None = None
+        self.segments = Segments()
         self._engine = engine
         self._short_grace_s = min(grace_s, SHORT_GRACE_S)
         self._deadline: float | None = None  # None: nobody asked it to end
@@ -157,16 +241,26 @@ class Tree:
         if not self._has_table:
             self._press_group(kill)
             return
-        leader = None if self._asked or kill else look(self._engine)
+        first = not self._asked
+        leader = look(self._engine) if first and not kill else None
         if leader is not None:
+            self.segments.look([self._engine])
             self._ask(self._engine, leader.start)  # at once: the table takes milliseconds to read
         table = processes()
-        for pid in descendants(table, os.getpid()):
+        below = descendants(table, os.getpid())
+        if first or kill:
+            self.segments.look(below)
+        for pid in below:
             start = table[pid].start
             if kill:
                 send(pid, start, signal.SIGKILL)
             else:
                 self._ask(pid, start)
+
+    def look(self) -> None:
+        """See what the tree maps of shared memory that is new."""
+        if self.segments.news():
+            self.segments.look(descendants(processes(), os.getpid()))
 
     def _ask(self, pid: int, start: int) -> None:
         if (pid, start) not in self._asked:
@@ -188,7 +282,7 @@ class Tree:
     def pause_s(self) -> float | None:
         """How long to wait for news before looking again; None: for ever."""
         if self._deadline is None:
-            return None
+            return LOOK_PAUSE_S if self._has_table else None
         pause_s = self._pause_s
         self._pause_s = min(2 * pause_s, LAST_PAUSE_S)
         left_s = self._deadline - time.monotonic()
@@ -230,6 +324,7 @@ def watch(tree: Tree, wakeup: int, orders: int | None) -> None:
     sources = [COMMANDS, wakeup]
     while tree.reap():
         tree.press()
+        tree.look()
         readable = select.select(sources, [], [], tree.pause_s())[0]
         if wakeup in readable:
             os.read(wakeup, 4096)
@@ -325,6 +420,7 @@ def main(arguments: list[str]) -> int:
     say(f"pid {engine}")
     tree = Tree(engine, grace_s)
     watch(tree, wakeup, orders)
+    tree.segments.remove()
     say(f"exited {tree.status}")
     return 0
 

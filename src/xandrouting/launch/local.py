@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,6 +25,8 @@ from xandrouting.core.errors import EngineStartFailed
 from xandrouting.core.model import EngineId, LaunchPlan, MemoryUse
 from xandrouting.launch import guard, host_memory, sweep
 from xandrouting.launch.base import Survey
+from xandrouting.launch.cores import as_list, cores_for, usable_cores
+from xandrouting.launch.engine_log import EngineLog, Hear
 from xandrouting.launch.nvml import GpuReading, Gpus, NoGpus
 from xandrouting.launch.read_ahead import read_ahead
 
@@ -35,12 +37,6 @@ _NO_GPUS: Final = NoGpus()
 log = logging.getLogger(__name__)
 
 HOST: Final = "127.0.0.1"
-Hear = Callable[[EngineId, str], None]
-"""Takes each line an engine prints."""
-
-TAIL_LINES: Final = 200
-TAIL_CHARACTERS: Final = 2_000  # of each line
-_LINE_BYTES: Final = 64 * 1024  # of a line that does not end, the rest is dropped
 _LAST_WORDS_S: Final = 1.0  # for the log to end once the tree is gone
 _NEVER_RAN: Final = 127
 
@@ -62,58 +58,6 @@ def reserve_port() -> int:
             accepted, _ = listener.accept()
             accepted.close()  # who closes first waits
     return port
-
-
-class EngineLog:
-    """The last lines an engine printed, and whether one of them said what is waited for."""
-
-    def __init__(self, hear: Hear) -> None:
-        self.printed_bytes = 0
-        self.engine: EngineId | None = None  # None: it is nobody's yet
-        self._hear = hear
-        self._said = asyncio.Event()
-        self._awaited: str | None = None
-        self._lines: deque[str] = deque(maxlen=TAIL_LINES)
-        self._rest = b""
-
-    def expect(self, line: str | None) -> None:
-        """From now on `said` waits for a line that begins so; None: for nothing."""
-        self._awaited, self._said = line, asyncio.Event()
-        if line is None:
-            self._said.set()
-
-    async def said(self) -> None:
-        """Wait for the line that was expected last."""
-        await self._said.wait()
-
-    def feed(self, data: bytes) -> None:
-        """Take what came, lines cut anywhere."""
-        self.printed_bytes += len(data)
-        first, *others = data.split(b"\n")
-        self._rest = (self._rest + first)[:_LINE_BYTES]
-        for piece in others:
-            self._add(self._rest)
-            self._rest = piece[:_LINE_BYTES]
-
-    def close(self) -> None:
-        """Keep the last line even if nothing ended it."""
-        if self._rest:
-            self._add(self._rest)
-        self._rest = b""
-
-    def tail(self) -> Sequence[str]:
-        """Return the last whole lines, oldest first."""
-        return tuple(self._lines)
-
-    def _add(self, raw: bytes) -> None:
-        # As a terminal shows it: a progress bar's last state, not all of them.
-        shown = raw.rstrip(b"\r").rpartition(b"\r")[2]
-        line = shown.decode(errors="replace")[:TAIL_CHARACTERS]
-        self._lines.append(line)
-        if self.engine is not None:
-            self._hear(self.engine, line)
-        if self._awaited is not None and line.startswith(self._awaited):
-            self._said.set()
 
 
 class _Pipe(asyncio.Protocol):
@@ -173,6 +117,7 @@ class LocalHandle:
         plan: LaunchPlan,
         process: subprocess.Popen[bytes],
         *,
+        cores: tuple[int, ...],
         api_key: str,
         mark: str,
         run_dir: Path | None,
@@ -182,6 +127,7 @@ class LocalHandle:
         """Watch over a guard just started. Needs a running loop."""
         self.base_url = ""
         self.api_key = api_key
+        self.cores = cores  # it is bound to; empty: to none
         self.pid: int | None = None
         self.exit_status: int | None = None
         self.killed_for_memory = False
@@ -213,7 +159,8 @@ class LocalHandle:
         self._oom_kills = host_memory.oom_kills()
         self._log.expect(plan.ready_line)
         if plan.order:
-            self._tell(f"tell {plan.order.replace('{port}', str(port))}\n")
+            order = plan.order.replace("{port}", str(port)).replace("{cores}", as_list(self.cores))
+            self._tell(f"tell {order}\n")
 
     def wake(self, plan: LaunchPlan) -> None:
         """Give the engine its order, with another port: nobody kept the last one."""
@@ -383,6 +330,7 @@ class LocalLauncher:
         handle = self._spares.pop(_program(plan), None) if plan.order else None
         if handle is None or not handle.lives:
             handle = self._launch(plan, port)
+        handle.cores = handle.cores or self._cores_for([plan.order])
         handle.become(engine, plan, port)
         await self._until_begun(handle, plan)
         return handle
@@ -414,10 +362,12 @@ class LocalLauncher:
 
     def _launch(self, plan: LaunchPlan, port: int) -> LocalHandle:
         mark, api_key = secrets.token_hex(16), secrets.token_urlsafe(24)
-        process = _start_guard(plan, port=port, mark=mark, api_key=api_key)
+        cores = self._cores_for(value for _, value in plan.env)
+        process = _start_guard(plan, port=port, mark=mark, api_key=api_key, cores=cores)
         handle = LocalHandle(
             plan,
             process,
+            cores=cores,
             api_key=api_key,
             mark=mark,
             run_dir=self._run_dir,
@@ -427,6 +377,13 @@ class LocalLauncher:
         self._handles.add(handle)
         handle.watch.add_done_callback(lambda _: self._handles.discard(handle))
         return handle
+
+    def _cores_for(self, texts: Iterable[str]) -> tuple[int, ...]:
+        """Choose the cores that one of these asks for; none if none does."""
+        if not any("{cores}" in text for text in texts):
+            return ()
+        taken = [handle.cores for handle in self._handles if handle.cores]
+        return cores_for(usable_cores(), taken)
 
     async def _until_begun(self, handle: LocalHandle, plan: LaunchPlan) -> None:
         try:
@@ -474,11 +431,12 @@ def _program(plan: LaunchPlan) -> _Program:
 
 
 def _start_guard(
-    plan: LaunchPlan, *, port: int, mark: str, api_key: str
+    plan: LaunchPlan, *, port: int, mark: str, api_key: str, cores: tuple[int, ...]
 ) -> subprocess.Popen[bytes]:
     argv = [argument.replace("{port}", str(port)) for argument in plan.argv]
+    bound = as_list(cores)
     env = {
-        name: value.replace("{port}", str(port)).replace("{key}", api_key)
+        name: value.replace("{port}", str(port)).replace("{key}", api_key).replace("{cores}", bound)
         for name, value in plan.env
     }
     # A program that renames itself with setproctitle would write over the mark.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Protocol
@@ -62,8 +62,12 @@ class Nvml:
     next read: a driver that was replaced or a card that was reset is back then.
     """
 
-    def __init__(self, library: ModuleType = pynvml) -> None:
+    def __init__(
+        self, library: ModuleType = pynvml, *, visible: Sequence[str] | None = None
+    ) -> None:
+        """`visible` are the cards to use, as CUDA_VISIBLE_DEVICES names them; None: all."""
         self._library = library
+        self._visible = visible
         self._lock = threading.Lock()  # the survey and each engine's measuring are threads
         self._is_open = False
         self._is_failing = False
@@ -133,20 +137,34 @@ class Nvml:
             pass  # it never started, or is past shutting down
 
     def _usable(self) -> list[str]:
-        """Return the bus ids of the cards CUDA would number."""
+        """Return the bus ids of the cards CUDA would number, in its order."""
         nvml = self._library
-        buses = []
+        buses, uuids = [], []
         for number in range(nvml.nvmlDeviceGetCount()):
             try:
                 card = nvml.nvmlDeviceGetHandleByIndex(number)
-                buses.append(nvml.nvmlDeviceGetPciInfo(card).busId)
+                bus, uuid = nvml.nvmlDeviceGetPciInfo(card).busId, nvml.nvmlDeviceGetUUID(card)
             except (
                 nvml.NVMLError_NoPermission,  # not this container's
                 nvml.NVMLError_GpuIsLost,
                 nvml.NVMLError_NotSupported,  # on no bus: it shares the processor's memory
             ):
                 continue
-        return buses
+            buses.append(bus)
+            uuids.append(uuid)
+        if self._visible is None:
+            return buses
+        chosen = []
+        for name in self._visible:
+            found = [
+                bus
+                for number, (bus, uuid) in enumerate(zip(buses, uuids, strict=True))
+                if name == str(number) or (not name.isdigit() and uuid.startswith(name))
+            ]
+            if len(found) != 1:
+                break  # CUDA stops at the first name that is none as well
+            chosen += found
+        return chosen
 
     def _read_card(self, name: str, bus: str) -> _Card | None:
         """Read one card; None for one that has no memory to tell of."""
@@ -210,9 +228,17 @@ class Nvml:
         return taken
 
 
-def open_gpus(library: ModuleType = pynvml) -> Gpus:
-    """Return this machine's cards; none where there is no NVIDIA driver."""
-    gpus = Nvml(library)
+def visible_cards(environment: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Return the cards this process was given, as CUDA_VISIBLE_DEVICES names them; None: all."""
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return None
+    return tuple(name.strip() for name in given.split(",") if name.strip())
+
+
+def open_gpus(library: ModuleType = pynvml, *, visible: Sequence[str] | None = None) -> Gpus:
+    """Return this machine's cards, see `Nvml`; none where there is no NVIDIA driver."""
+    gpus = Nvml(library, visible=visible)
     try:
         gpus.open()
     except (library.NVMLError_LibraryNotFound, library.NVMLError_DriverNotLoaded):

@@ -120,20 +120,24 @@ def _sweep_one(path: Path) -> bool:
 def end_leftovers(mark: str, engine: Life | None) -> bool:
     """Kill what is left of one engine whose guard is gone; return whether there was anything.
 
-    Blocks until it is gone, for some seconds at worst.
+    The shared memory goes with it, as far as what was left still mapped it. Blocks until it is
+    gone, for some seconds at worst.
     """
     found = False
+    segments = guard.Segments()
 
     def gone() -> bool:
         nonlocal found
         left = list(_leftovers(mark, engine))
         found = found or bool(left)
+        segments.look(life.pid for life in left)
         for life in left:
             guard.send(life.pid, life.start, signal.SIGKILL)
         return not left
 
     if not _wait(gone, _KILL_WAIT_S):
         log.warning("engine leftovers cannot be killed mark=%s", mark)
+    segments.remove()
     return found
 
 
