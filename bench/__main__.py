@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import decisions, engine, estimates, machine, memory, relay, simulate, switch
+from bench import decisions, engine, estimates, machine, memory, relay, simulate, switch, vllm
 from bench.processes import CORES, BenchError
 from bench.stage import Effort
 from bench.table import Row, as_markdown, as_text
@@ -34,6 +34,8 @@ MEASURES: Mapping[str, Callable[[Effort], list[Row]]] = {
     "wake": switch.wake,
     "read-ahead": switch.read_ahead,
     "hit": switch.hit,
+    "vllm": vllm.speed,
+    "vllm-start": vllm.start,
     "decisions": decisions.decisions,
     "simulate": simulate.simulate,
 }

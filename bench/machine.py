@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.processes import CORES
 from bench.stage import NGINX
+from xandrouting.provision.vllm import FOLDER, Missing, find_vllm
 
 PACKAGES = ("xandrouting", "xllamacpp", "uvicorn", "uvloop", "httptools", "msgspec")
 
@@ -27,7 +28,10 @@ def describe() -> list[tuple[str, str]]:
         ("memory", f"{memory_bytes / 2**30:.0f} GiB"),
         ("system", f"{_system()}, Linux {platform.release()}"),
         ("Python", platform.python_version()),
-        ("versions", ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + _nginx()),
+        (
+            "versions",
+            ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + _vllm() + _nginx(),
+        ),
         ("load before", f"{os.getloadavg()[0]:.2f} (1 minute; a quiet machine has 0)"),
     ]
 
@@ -51,6 +55,13 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def _vllm() -> str:
+    found = find_vllm(os.environ, beside=[Path(FOLDER)])
+    if isinstance(found, Missing):
+        return ", no vllm"
+    return f", vllm {found.version or 'of an unknown version'}"
 
 
 def _nginx() -> str:

@@ -22,7 +22,7 @@ from tests.server import (
     text_of,
 )
 from xandrouting.engines.llamacpp import KEY_VARIABLE, RUNNER, Order
-from xandrouting.launch.local import reserve_port
+from xandrouting.launch.ports import reserve_port
 
 SPELLINGS = [
     MODEL,

@@ -27,7 +27,7 @@ from xandrouting.engines.llamacpp import (
     WAITING_LINE,
     Order,
 )
-from xandrouting.launch.local import reserve_port
+from xandrouting.launch.ports import reserve_port
 
 MIB = 1 << 20
 RESTS_BELOW_BYTES = 40 * MIB

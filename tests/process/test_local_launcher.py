@@ -37,8 +37,9 @@ from xandrouting.core.errors import EngineStartFailed
 from xandrouting.core.model import EngineId, LaunchPlan, MemoryUse
 from xandrouting.launch import guard, host_memory, sweep
 from xandrouting.launch.base import Handle
-from xandrouting.launch.local import LocalHandle, LocalLauncher, reserve_port
+from xandrouting.launch.local import LocalHandle, LocalLauncher
 from xandrouting.launch.nvml import open_gpus
+from xandrouting.launch.ports import reserve_port
 
 T = TypeVar("T")
 

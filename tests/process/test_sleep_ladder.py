@@ -1,7 +1,6 @@
 """The sleep ladder over real HTTP, with real processes; only the card is a number.
 
-A load takes a second. An engine has 96 MiB of the card for its weights and 32 for its
-cache.
+A load takes a second. An engine has 96 MiB of the card for its weights, 32 for its cache.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,28 +9,22 @@ from typing import Any
 import pytest
 
 from tests.fakes.gguf_writer import write_gguf
-from xandrouting.core.errors import (
-    BackendUnavailable,
-    DeviceUnavailable,
-    InvalidModelPath,
-    ModelNotFound,
-)
+from xandrouting.core.errors import DeviceUnavailable, InvalidModelPath, ModelNotFound
 from xandrouting.core.model import Backend, FixedCost, Footprint, LoadOptions, ModelKey
 from xandrouting.engines.base import ModelFacts
 from xandrouting.engines.llamacpp import LlamaCpp
-from xandrouting.engines.upstream import Upstream
 from xandrouting.inventory.model_file import ModelFile, Snapshot
 from xandrouting.inventory.scan import HeaderCache, scan
 from xandrouting.proxy.request import Routing
 from xandrouting.routing import catalog as module
-from xandrouting.routing.catalog import Catalog, Devices, Route, facts_of
+from xandrouting.routing.catalog import Catalog, Devices, Lack, Route
+from xandrouting.routing.facts import facts_of
 
-ADAPTERS = {Backend.LLAMACPP: LlamaCpp(), Backend.UPSTREAM: Upstream({})}
+ADAPTERS = {Backend.LLAMACPP: LlamaCpp()}
 UPSTREAMS = {"ollama": "http://127.0.0.1:11434", "big": "https://big.example/api"}
 NOT_HERE = {
-    Backend.VLLM: "it is not part of this version",
-    Backend.TRANSFORMERS: "it is not part of this version",
-    Backend.OLLAMA: "its models are asked for as `ollama/<name>`",
+    backend: Lack("vLLM is not installed", "xandrouting engines install vllm")
+    for backend in (Backend.VLLM, Backend.TRANSFORMERS)
 }
 
 
@@ -168,41 +161,6 @@ def test_gguf_is_llamacpp_s(world: World, backend: str | None) -> None:
     assert world.route("small", backend=backend).spec.key.backend is Backend.LLAMACPP
 
 
-@pytest.mark.parametrize("backend", ["vllm", "transformers"])
-def test_a_backend_that_cannot_serve_it_says_why(world: World, backend: str) -> None:
-    with pytest.raises(BackendUnavailable, match=NOT_HERE[Backend(backend)]) as caught:
-        world.route("small", backend=backend)
-    assert caught.value.param == "backend"
-    assert "/models/small.gguf" in caught.value.message
-
-
-def test_llamacpp_may_be_missing_too(snapshot: Snapshot) -> None:
-    missing: Mapping[Backend, str] = {Backend.LLAMACPP: "it is not installed"}
-    catalog = Catalog(
-        lambda: snapshot,
-        ADAPTERS,
-        upstreams={},
-        unavailable=missing,
-        devices=Devices(),
-        device_fallback=True,
-    )
-    with pytest.raises(BackendUnavailable, match="not installed"):
-        catalog.route(Routing(model="small"))
-
-
-def test_vllm_that_is_here_serves_no_gguf(snapshot: Snapshot) -> None:
-    catalog = Catalog(
-        lambda: snapshot,
-        ADAPTERS,
-        upstreams={},
-        unavailable={},
-        devices=Devices(),
-        device_fallback=True,
-    )
-    with pytest.raises(BackendUnavailable, match="GGUF"):
-        catalog.route(Routing(model="small", backend="vllm"))
-
-
 # Devices.
 
 
@@ -305,6 +263,9 @@ def test_the_same_question_gets_the_same_route(world: World) -> None:
         ("device", "cpu"),
         ("gpu_memory_utilization", 0.5),
         ("max_model_len", 1),
+        ("tensor_parallel_size", 1),
+        ("cache_type_k", "q8_0"),
+        ("cache_type_v", "q8_0"),
         ("n_gpu_layers", 1),
         ("n_ctx", 1),
         ("n_parallel", 1),

@@ -21,6 +21,7 @@ options = st.builds(
     n_parallel=sizes,
     gpu_memory_utilization=st.none() | st.floats(0.1, 1.0),
     max_model_len=sizes,
+    tensor_parallel_size=st.none() | st.sampled_from([1, 2, 4]),
     embeddings=st.sampled_from([None, True]),
 )
 
@@ -37,6 +38,8 @@ options = st.builds(
         (LoadOptions(n_gpu_layers=0), LoadOptions(n_gpu_layers=0)),
         (LoadOptions(n_gpu_layers=0), NOTHING),
         (LoadOptions(gpu_memory_utilization=0.5), LoadOptions(gpu_memory_utilization=0.9)),
+        # The cards it runs on are its placement's.
+        (NOTHING, LoadOptions(tensor_parallel_size=2)),
         (LoadOptions(embeddings=True), NOTHING),
         (LoadOptions(embeddings=True), LoadOptions(embeddings=True)),
     ],
@@ -67,6 +70,9 @@ def test_union_takes_the_larger_size_and_the_newer_wish() -> None:
         n_ctx=4096, n_gpu_layers=0, n_parallel=2, gpu_memory_utilization=0.9, embeddings=True
     )
     wants = LoadOptions(n_ctx=2048, n_gpu_layers=20, n_parallel=4, max_model_len=1024)
+    two, four = LoadOptions(tensor_parallel_size=2), LoadOptions(tensor_parallel_size=4)
+    assert union(two, wants).tensor_parallel_size == 2
+    assert union(four, two) == two
     assert union(held, wants) == LoadOptions(
         n_ctx=4096,
         n_gpu_layers=20,
@@ -80,6 +86,7 @@ def test_union_takes_the_larger_size_and_the_newer_wish() -> None:
 def test_fill_keeps_what_was_asked_even_where_it_is_less() -> None:
     defaults = LoadOptions(n_ctx=4096, n_gpu_layers=-1, n_parallel=4, embeddings=True)
     wants = LoadOptions(n_ctx=2048, n_gpu_layers=0)
+    assert fill(LoadOptions(tensor_parallel_size=2), defaults).tensor_parallel_size == 2
     assert fill(wants, defaults) == LoadOptions(
         n_ctx=2048, n_gpu_layers=0, n_parallel=4, embeddings=True
     )

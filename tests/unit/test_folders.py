@@ -121,7 +121,7 @@ def test_weights_in_the_root_itself_are_no_folder(root: Path) -> None:
 
 
 def test_hidden_files_are_none_of_it(root: Path) -> None:
-    write_folder(root / "m", **{"__gitattributes": b"x", "__partial__safetensors": b"x"})
+    write_folder(root / "m", __gitattributes=b"x", __partial__safetensors=b"x")
     assert [part.path.name for part in only(root).files] == [
         "config.json",
         "model.safetensors",
@@ -282,6 +282,33 @@ def test_what_the_other_files_tell(root: Path) -> None:
     vectors, eyes = (model.traits for model in look(root).models)
     assert (vectors.pooling, vectors.vision) == (True, False)
     assert (eyes.pooling, eyes.vision) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "context"),
+    [
+        ('{"max_seq_length": 256, "do_lower_case": false}', 256),
+        ('{"max_seq_length": 4096, "do_lower_case": false}', 4096),
+        ("{}", 2048),
+        ('{"max_seq_length": null, "do_lower_case": false}', 2048),
+        ('{"max_seq_length": 0, "do_lower_case": false}', 2048),
+        ("{", 2048),
+        (b"\xff", 2048),
+    ],
+)
+def test_a_model_for_vectors_is_held_to_the_length_of_its_texts(
+    root: Path, content: str | bytes, context: int
+) -> None:
+    write_folder(root / "m", modules__json="[]", sentence_bert_config__json=content)
+    assert only(root).traits.context_length == context
+
+
+@pytest.mark.parametrize(
+    "key", ["n_positions", "max_seq_len", "seq_length", "max_sequence_length", "seq_len"]
+)
+def test_a_context_length_has_many_names(root: Path, key: str) -> None:
+    write_folder(root / "m", {"max_position_embeddings": None, key: 777})
+    assert only(root).traits.context_length == 777
 
 
 def test_a_quantized_one(root: Path) -> None:

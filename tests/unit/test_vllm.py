@@ -101,7 +101,7 @@ def test_on_the_processor() -> None:
         ("VLLM_CPU_OMP_THREADS_BIND", "{cores}"),
     )
     assert (launch.health_path, launch.ready_line, launch.order) == ("/health", None, "")
-    assert (launch.stop_grace_s, launch.health_every_s) == (15.0, 0.5)
+    assert (launch.stop_grace_s, launch.health_every_s) == (0.0, 0.5)
     assert (GATE_FOLDER / "xandrouting_gate.py").is_file()
 
 

@@ -109,13 +109,62 @@ def test_footprint_on_a_card() -> None:
     found = GQA.footprint(LoadOptions(max_model_len=4096, n_parallel=2))
     assert found.device == Terms(
         weights=16_060_522_496,
-        kv_cache=GQA.kv_bytes(4096, 2),
+        kv_cache=GQA.cache_bytes(4096, 2),
         compute=2048 * (4 * 4096 + 3 * 14_336) * 2 + 2 * 128_256 * 24,
         overhead=1 << 30,
     )
     assert found.host == Terms(overhead=2_100_000_000)
     assert found.engines == 1
     assert GQA.layers == 0
+
+
+def test_one_long_sequence_has_room_beside_usual_ones() -> None:
+    """4,096 tokens are 256 blocks, a usual sequence of 2,048 another 128, and one is vLLM's."""
+    block = 16 * 131_072
+    assert GQA.cache_bytes(4096, 1) == GQA.kv_bytes(4096, 1) == 257 * block
+    assert GQA.cache_bytes(4096, 2) == (257 + 128) * block
+    assert GQA.cache_bytes(4096, 16) == (257 + 15 * 128) * block
+    # Where none may be longer than usual, all have as much as the longest.
+    assert GQA.cache_bytes(1024, 4) == GQA.kv_bytes(1024, 4)
+    assert GQA.cache_bytes(2048, 4) == GQA.kv_bytes(2048, 4)
+    assert HALF_SLIDING.cache_bytes(32_768, 3) == (
+        HALF_SLIDING.kv_bytes(32_768, 1) + 2 * (128 + 129) * 12 * 16 * 2048
+    )
+
+
+@pytest.mark.parametrize("cards", [1, 2, 4])
+def test_each_card_has_what_is_not_shared(cards: int) -> None:
+    options = LoadOptions(max_model_len=4096, n_parallel=2)
+    alone, found = GQA.footprint(options), GQA.footprint(options, cards)
+    assert found.device == Terms(
+        weights=alone.device.weights,
+        kv_cache=alone.device.kv_cache,
+        compute=cards * alone.device.compute,
+        overhead=cards * alone.device.overhead,
+    )
+    # And a process of its own.
+    assert found.host_bytes == alone.host_bytes + (cards - 1) * 900_000_000
+
+
+@pytest.mark.parametrize("cards", [1, 2])
+def test_a_share_of_the_card_is_filled_with_cache(cards: int) -> None:
+    cost = replace(GQA, card_bytes=24 << 30)
+    options = LoadOptions(max_model_len=4096, n_parallel=1)
+    least = cost.footprint(options, cards)
+    found = cost.footprint(replace(options, gpu_memory_utilization=0.9), cards)
+    assert found.device_bytes == cards * int(0.9 * (24 << 30))
+    assert replace(found.device, kv_cache=least.device.kv_cache) == least.device
+    assert found.host == least.host
+    # It takes no less for being given too little: then it does not start.
+    assert cost.footprint(replace(options, gpu_memory_utilization=0.1), cards) == least
+    # Of a card of unknown size nobody knows the share.
+    assert GQA.footprint(replace(options, gpu_memory_utilization=0.9), cards) == least
+
+
+def test_on_the_processor_there_is_no_card_to_share() -> None:
+    cost = replace(SMOLLM, card_bytes=24 << 30)
+    asked = LoadOptions(gpu_memory_utilization=0.9)
+    assert cost.footprint(asked) == cost.footprint(LoadOptions())
 
 
 def test_eager_takes_no_graphs() -> None:

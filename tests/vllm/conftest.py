@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 
 from tests.server import (
@@ -25,6 +27,7 @@ TWIN = "/models/twin"
 GGUF_NAME = "gguf/smol.Q4_1.gguf"
 GGUF = f"/models/{GGUF_NAME}"
 LOAD_S = 150.0  # a load takes 15 s with the machine to itself
+READS = re.compile(r"\(Worker pid=(\d+)\).* Starting to load model")
 
 
 def vllm_folder(folder: Path, *without: str) -> Path:
@@ -71,15 +74,25 @@ class Load:
 
 @pytest.fixture(scope="session")
 def first_load(gateway: Server) -> Load:
-    """The load of the engine that all share, watched from its start to its end."""
-    with gateway.events() as events:
+    """The load of the engine that all share, watched from its start to its end.
+
+    This model is read in less time than there is between two looks at a load: its worker is
+    stopped when it begins to read, until that was seen.
+    """
+    reader: psutil.Process | None = None
+    with gateway.events(topics="model,log") as events:
         asked = {"model": SMOL, "wait": False}
         load = Load(ok(gateway.post("/v1/models/load", asked), 202))
         for kind, data in events:
+            if kind == "log" and (reads := READS.search(data["text"])):
+                reader = psutil.Process(int(reads[1]))
+                reader.suspend()
             if kind == "model":
                 load.news.append(data)
                 load.statuses.append(ok(gateway.get(f"/v1/models{SMOL}"))["status"])
                 load.items += gateway.loaded()
+                if reader and data.get("progress", {}).get("phase") == "loading_weights":
+                    reader.resume()
                 if data["event"] in ("ready", "failed", "gone"):
                     break
     assert load.news[-1]["event"] == "ready", load.news[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from itertools import groupby
 
 import httpx2
@@ -18,6 +17,7 @@ from tests.waiting import wait_for
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2 * LOAD_S)]
 
 FREED_S = 1.0
+LONG = {"max_tokens": 3000, "ignore_eos": True}
 PHASES = ["starting", "loading_weights", "warming_up"]
 
 
@@ -114,26 +114,31 @@ def running(server: Server) -> float:
     return sum(map(float, found))
 
 
-@pytest.mark.parametrize("how", ["stream", "plain", "prefill"])
-def test_request_of_a_client_that_left_is_freed(server: Server, how: str) -> None:
+@pytest.mark.parametrize("streams", [True, False], ids=["stream", "plain"])
+def test_request_of_a_client_that_left_is_freed(server: Server, streams: bool) -> None:
     wait_for(lambda: running(server) == 0)
-    text = "word " * 7000 if how == "prefill" else "Tell me a story."
-    body = {"model": SMOL, "max_tokens": 1000, "ignore_eos": True, "stream": how != "plain"}
-    with client_of(server, text, **body) as client:
-        if how == "stream":
+    with client_of(server, model=SMOL, stream=streams, **LONG) as client:
+        if streams:
             client.read_until(b'"content":"')
         wait_for(lambda: running(server) == 1, 20)
         client.leave()
-        left = time.monotonic()
-        wait_for(lambda: running(server) == 0, 20)
-        assert time.monotonic() - left < FREED_S
+        wait_for(lambda: running(server) == 0, FREED_S)
     wait_for(nothing_left(server))
+
+
+def test_prompt_of_a_client_that_left_is_read_no_further(server: Server) -> None:
+    """The batch under way is not broken off: on a CPU, its 2,048 tokens take seconds."""
+    with client_of(server, "word " * 7000, model=SMOL, **LONG) as client:
+        wait_for(lambda: running(server) == 1, 20)
+        client.leave()
+        wait_for(nothing_left(server), FREED_S)
+        wait_for(lambda: running(server) == 0, 20)
 
 
 def test_others_go_on_when_a_client_leaves(server: Server) -> None:
     with server.stream("A story.", model=SMOL, max_tokens=40, ignore_eos=True) as stream:
         stream.first()
-        with client_of(server, model=SMOL, max_tokens=1000, ignore_eos=True) as client:
+        with client_of(server, model=SMOL, **LONG) as client:
             wait_for(lambda: running(server) == 2, 20)
             client.leave()
         *_, done = stream.rest()

@@ -277,8 +277,7 @@ def _concessions(spec: EngineSpec, options: LoadOptions) -> Iterator[tuple[str, 
         slots //= 2
         yield "n_parallel", replace(options, n_parallel=slots)
     share = options.gpu_memory_utilization
-    while share is not None and share - SHARE_STEP >= MIN_SHARE:
-        share = round(share - SHARE_STEP, 2)
+    while share is not None and (share := round(share - SHARE_STEP, 2)) >= MIN_SHARE:
         yield "gpu_memory_utilization", replace(options, gpu_memory_utilization=share)
     if options.cache_type_k == options.cache_type_v == "f16":
         small = replace(options, cache_type_k=SMALL_CACHE, cache_type_v=SMALL_CACHE)

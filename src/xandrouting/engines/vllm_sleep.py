@@ -11,12 +11,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 from xandrouting.core.model import Level
 from xandrouting.engines.base import Call
 
 FLAG: Final = "--enable-sleep-mode"
 ENV: Final = (("VLLM_SERVER_DEV_MODE", "1"),)
+
+# What is for clients, by the first part of a path. In development mode the rest can also stop
+# the engine, replace its weights, run its methods by name and tell its environment.
+_PUBLIC: Final = frozenset(
+    (
+        *(b"", b"v1", b"v2", b"health", b"load", b"metrics", b"ping", b"version"),
+        *(b"tokenize", b"detokenize", b"classify", b"pooling", b"rerank", b"score"),
+        *(b"docs", b"openapi.json", b"redoc"),
+    )
+)
 
 _AWAKE: Final = {"status": "awake"}
 _WAKE: Final = Call(b"/wake_up", answer=_AWAKE)
@@ -25,6 +36,12 @@ _WAKE_CACHE: Final = Call(b"/wake_up?tags=kv_cache", answer=_AWAKE)
 _RELOAD: Final = Call(b"/collective_rpc", json.dumps({"method": "reload_weights"}).encode())
 # What the cache held is gone at either level, and vLLM would take it for there.
 _RESET: Final = Call(b"/reset_prefix_cache", answer={"success": True})
+
+
+def is_public(path: bytes) -> bool:
+    """Whether a path, as sent and with its query, may be passed on for a client."""
+    part = unquote_to_bytes(path.partition(b"?")[0]).removeprefix(b"/").partition(b"/")[0]
+    return part in _PUBLIC
 
 
 class VllmSleep:

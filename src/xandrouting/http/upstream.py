@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from xandrouting.core.errors import InvalidRequest, ModelNotFound
+from xandrouting.core.errors import InvalidRequest, ModelNotFound, NotFound
+from xandrouting.core.model import Backend
+from xandrouting.engines.vllm_sleep import is_public
 from xandrouting.http.body import Receive
 from xandrouting.http.inference import EngineCall, Exchange, InferenceApi, Scope
 from xandrouting.http.model_path import Split, climbs, split
@@ -45,6 +47,9 @@ class _UpstreamCall(EngineCall):
             await self._redirect(raw + b"/" + asked, keeps_method=method not in ("GET", "HEAD"))
             return None
         route = await self._api.route(Routing(model=found.file.id))
+        by_vllm = route.spec.key.backend in (Backend.VLLM, Backend.TRANSFORMERS)
+        if by_vllm and not is_public(found.rest):
+            raise NotFound(f"Clients may not ask this of the engine of {found.file.id}.")
         self._api.check_loaded(route, autoload=self._api.autoload)
         return Exchange(
             route,

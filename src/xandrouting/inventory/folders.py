@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -29,7 +29,8 @@ _ADAPTER: Final = "adapter_config.json"
 _TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 _TEMPLATE: Final = "chat_template.jinja"
 _TEMPLATE_JSON: Final = "chat_template.json"
-_MAX_TEMPLATE_FILE: Final = 16 << 20
+_SENTENCES: Final = "sentence_bert_config.json"
+_MAX_TEXT_FILE: Final = 16 << 20
 # A tokenizer is one of these, or the two halves of a byte-pair encoding, or code of its own.
 _TOKENIZERS: Final = frozenset(
     ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.txt", "spiece.model")
@@ -46,7 +47,14 @@ class _Templates(msgspec.Struct):
     chat_template: str | list[_NamedTemplate] | None = None
 
 
+class _Sentences(msgspec.Struct):
+    """How a model was taught to make one vector of a text: vLLM holds it to that length."""
+
+    max_seq_length: Annotated[int, msgspec.Meta(gt=0, lt=1 << 32)]
+
+
 _TEMPLATE_DECODER: Final = msgspec.json.Decoder(_Templates)
+_SENTENCES_DECODER: Final = msgspec.json.Decoder(_Sentences)
 
 Found = FolderModel | str
 """What a folder holds, or why it cannot be loaded."""
@@ -173,12 +181,22 @@ def _read(path: Path, folder: Folder) -> FolderModel:
     )
     if not tokenizes:
         raise InvalidSafetensors("its tokenizer is missing")
+    length = _sentence_length(path, folder)
     return FolderModel(
-        shape,
+        shape if length is None else replace(shape, max_position_embeddings=length),
         chat_template=_template(path, folder),
         pooling="modules.json" in names,
         vision="preprocessor_config.json" in names,
     )
+
+
+def _sentence_length(path: Path, folder: Folder) -> int | None:
+    if _SENTENCES not in folder.files:
+        return None
+    try:
+        return _SENTENCES_DECODER.decode(_text(path / _SENTENCES)).max_seq_length
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
 
 
 def _template(path: Path, folder: Folder) -> str:
@@ -199,6 +217,6 @@ def _template(path: Path, folder: Folder) -> str:
 def _text(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(_MAX_TEMPLATE_FILE)
+            return file.read(_MAX_TEXT_FILE)
     except OSError as error:
         raise UnreadableSafetensors(f"unreadable: {error.strerror}") from error

@@ -1,8 +1,8 @@
 """The guard: one small process between the gateway and each engine.
 
-Run as `python -I -S guard.py --grace-s F [--orders] -- argv...`; standard library only. It
-makes the engine's whole process tree end when told to, when the engine ends, and when the gateway
-is gone, however that died.
+Run as `python -I -S guard.py --grace-s F [--orders] [--scratch DIR] -- argv...`; standard
+library only. It makes the engine's whole process tree end when told to, when the engine ends,
+and when the gateway is gone, however that died.
 
 stdin takes commands: `stop <grace_s>`, SIGTERM now and SIGKILL after so many seconds; a later,
 shorter grace hurries. `tell <line>` hands a line on to the engine's stdin, which is a pipe with
@@ -11,7 +11,8 @@ once the engine's program runs, or `failed <reason>`, and at the very end `exite
 negative for a signal. stderr is the engine's stdout and stderr.
 
 A killed engine leaves its shared memory behind: a file of /dev/shm that a process of the tree was
-seen to map, and that no living process maps any more, is removed before `exited` is told.
+seen to map, and that no living process maps any more, is removed before `exited` is told, and so
+is DIR with all that is in it.
 
 Orphans of the engine become the guard's children (a "subreaper"), so leaving the process group
 or the session is no escape. Without Linux's `/proc` and `prctl` only the engine's process group
@@ -396,11 +397,26 @@ def say(line: str) -> None:
         pass  # it has gone; the engine is ended all the same
 
 
+def discard(folder: str) -> None:
+    """Remove a folder with all that is in it, as far as that can be done."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    discard(entry.path)
+                else:
+                    os.unlink(entry.path)  # noqa: PTH108 - pathlib starts slowly
+        os.rmdir(folder)  # noqa: PTH106
+    except OSError:
+        pass  # it is gone, or somebody else's by now
+
+
 def main(arguments: list[str]) -> int:
     """Run one engine from its start to the end of its tree."""
     split = arguments.index("--")
     options, argv = arguments[:split], arguments[split + 1 :]
     grace_s = float(options[1])
+    scratch = options[options.index("--scratch") + 1] if "--scratch" in options else ""
     orders = None
     if "--orders" in options:
         stdin, orders = os.pipe()
@@ -414,6 +430,7 @@ def main(arguments: list[str]) -> int:
     try:
         engine = spawn(argv, stdin)
     except OSError as error:
+        discard(scratch)
         say(f"failed {error.strerror}")
         return 127
     os.close(stdin)
@@ -421,6 +438,7 @@ def main(arguments: list[str]) -> int:
     tree = Tree(engine, grace_s)
     watch(tree, wakeup, orders)
     tree.segments.remove()
+    discard(scratch)
     say(f"exited {tree.status}")
     return 0
 

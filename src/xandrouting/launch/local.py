@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from xandrouting.launch.base import Survey
 from xandrouting.launch.cores import as_list, cores_for, usable_cores
 from xandrouting.launch.engine_log import EngineLog, Hear
 from xandrouting.launch.nvml import GpuReading, Gpus, NoGpus
+from xandrouting.launch.ports import HOST, reserve_port
 from xandrouting.launch.read_ahead import read_ahead
 
 _PRIVATE: Final = ("XANDROUTING_", "HF_TOKEN")
@@ -36,28 +36,8 @@ _NO_GPUS: Final = NoGpus()
 
 log = logging.getLogger(__name__)
 
-HOST: Final = "127.0.0.1"
 _LAST_WORDS_S: Final = 1.0  # for the log to end once the tree is gone
 _NEVER_RAN: Final = 127
-
-
-def reserve_port() -> int:
-    """Return a port of 127.0.0.1 that the kernel gives to nobody else for a minute.
-
-    A connection in TIME_WAIT keeps it from being picked for an outgoing connection or for
-    another port 0. Only a listener with SO_REUSEADDR or SO_REUSEPORT may still have it, as
-    every server sets one of them: Python's the first, llama.cpp's the second.
-    """
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind((HOST, 0))
-        listener.listen(1)
-        port: int = listener.getsockname()[1]
-        with socket.create_connection((HOST, port)):
-            accepted, _ = listener.accept()
-            accepted.close()  # who closes first waits
-    return port
 
 
 class _Pipe(asyncio.Protocol):
@@ -434,15 +414,22 @@ def _start_guard(
     plan: LaunchPlan, *, port: int, mark: str, api_key: str, cores: tuple[int, ...]
 ) -> subprocess.Popen[bytes]:
     argv = [argument.replace("{port}", str(port)) for argument in plan.argv]
-    bound = as_list(cores)
+    bound, scratch = as_list(cores), sweep.scratch_of(mark)
     env = {
-        name: value.replace("{port}", str(port)).replace("{key}", api_key).replace("{cores}", bound)
+        name: value.replace("{port}", str(port))
+        .replace("{key}", api_key)
+        .replace("{cores}", bound)
+        .replace("{scratch}", str(scratch))
         for name, value in plan.env
     }
+    wants_scratch = any("{scratch}" in value for _, value in plan.env)
     # A program that renames itself with setproctitle would write over the mark.
     marks = {sweep.MARK: mark, "SPT_NOENV": "1"}
     options = ["--grace-s", f"{plan.stop_grace_s:f}", *(["--orders"] if plan.order else [])]
     try:
+        if wants_scratch:
+            scratch.mkdir(mode=0o700)
+            options += ["--scratch", str(scratch)]
         return subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, *options, "--", *argv],
             stdin=subprocess.PIPE,

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -120,8 +121,8 @@ def _sweep_one(path: Path) -> bool:
 def end_leftovers(mark: str, engine: Life | None) -> bool:
     """Kill what is left of one engine whose guard is gone; return whether there was anything.
 
-    The shared memory goes with it, as far as what was left still mapped it. Blocks until it is
-    gone, for some seconds at worst.
+    Its scratch folder goes with it, and the shared memory as far as what was left still mapped
+    it. Blocks until it is gone, for some seconds at worst.
     """
     found = False
     segments = guard.Segments()
@@ -138,7 +139,16 @@ def end_leftovers(mark: str, engine: Life | None) -> bool:
     if not _wait(gone, _KILL_WAIT_S):
         log.warning("engine leftovers cannot be killed mark=%s", mark)
     segments.remove()
+    guard.discard(str(scratch_of(mark)))
     return found
+
+
+def scratch_of(mark: str) -> Path:
+    """Return the folder for temporary files of the engine with this mark, if it wants one.
+
+    Its name is short: sockets in it have room for about 100 characters.
+    """
+    return Path(tempfile.gettempdir(), f"xr-{mark[:16]}")
 
 
 def _leftovers(mark: str, engine: Life | None) -> Iterator[Life]:
