@@ -19,16 +19,13 @@ from typing import Any, Self
 
 import httpx2
 import psutil
-import pytest
 
 from tests.fakes.processes import all_gone, is_gone
 from tests.waiting import wait_for
-from xandrouting.provision.vllm import FOLDER, Missing, VllmInstall, find_vllm
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache" / "models"
 STARTER = "smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
-VLLM_STARTER = ROOT / ".cache" / "vllm-models" / "smollm2-135m-instruct"
 MODEL = f"/models/{STARTER}"
 ENGINE_MODULE = "xandrouting.engines.llamacpp_server"
 START_TIMEOUT_S = 30.0
@@ -45,30 +42,6 @@ def starter() -> Path:
         subprocess.run([sys.executable, str(script), str(CACHE)], check=True, timeout=100)
     assert path.exists(), "the starter model could not be fetched: `make test` needs it once"
     return path
-
-
-def vllm() -> VllmInstall:
-    """Return this machine's vLLM; skip the test where there is none, but fail it in CI."""
-    found = find_vllm(os.environ, beside=[ROOT / FOLDER])
-    if isinstance(found, Missing):
-        end = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        end(f"{found.reason}: `make vllm` did not run, or said why it could not")
-    return found
-
-
-def vllm_bin() -> Path:
-    """Return vLLM's executable, what `VLLM_BIN` is to be for a server."""
-    return vllm().executable
-
-
-def vllm_model() -> Path:
-    """Return the starter model's safetensors folder; it is converted once, in half a minute."""
-    python = vllm().python
-    if not VLLM_STARTER.exists():
-        assert python is not None, "VLLM_BIN is a script of its own: run `make test` without it"
-        script = ROOT / "scripts" / "convert_starter.py"
-        subprocess.run([python, script, starter(), VLLM_STARTER], check=True, timeout=100)
-    return VLLM_STARTER
 
 
 def models_dir(root: Path, *names: str) -> Path:

@@ -14,7 +14,7 @@ from xandrouting.engines.base import EngineAdapter
 from xandrouting.engines.llamacpp import LlamaCpp
 from xandrouting.engines.vllm import Vllm, VllmSetup
 from xandrouting.http.schemas import EngineStatus
-from xandrouting.provision.vllm import Missing, VllmInstall, environments, find_vllm
+from xandrouting.provision.vllm import INSTALL, Missing, VllmInstall, environments, find_vllm
 from xandrouting.routing.catalog import Devices, Lack
 
 LLAMACPP_COMMAND = "pip install 'xandrouting[llamacpp]'"
@@ -61,13 +61,17 @@ def look(
     """
     accelerators = [reading for reading in readings if reading.device != HOST]
     found = find_vllm(os.environ, beside=environments(Path.cwd(), data_dir))
-    vllm_cards = 0
+    if isinstance(found, VllmInstall) and found.is_cpu is False and not accelerators:
+        found = Missing("it is built for GPUs, and there is none", f"{INSTALL} --cpu --force")
+    vllm_cards, on_cpu = 0, True
     if isinstance(found, Missing):
         program, vllm = "vllm", _status(reason=found.reason, command=found.command)
     else:
         vllm_cards = 0 if found.is_cpu else len(accelerators)
+        on_cpu = found.is_cpu is not False
         program = str(found.executable)
-        vllm = _status(version=f"vllm {found.version or ''}".strip(), cards=vllm_cards)
+        version = f"vllm {found.version or ''}".strip()
+        vllm = _status(version=version, cards=vllm_cards, on_cpu=on_cpu)
     python = found.python if isinstance(found, VllmInstall) and vllm_spare else None
     setup = VllmSetup(
         program,
@@ -90,7 +94,7 @@ def look(
             Backend.VLLM: vllm,
             Backend.TRANSFORMERS: vllm,
         },
-        devices=Devices(cuda=llamacpp_cards, vllm_cuda=vllm_cards),
+        devices=Devices(cuda=llamacpp_cards, vllm_cuda=vllm_cards, vllm_cpu=on_cpu),
     )
 
 
@@ -113,6 +117,7 @@ def _status(
     command: str | None = None,
     version: str | None = None,
     cards: int = 0,
+    on_cpu: bool = True,
 ) -> EngineStatus:
     available = reason is None
     return EngineStatus(
@@ -121,5 +126,5 @@ def _status(
         reason=reason,
         version=version,
         command=command,
-        devices=["cpu", *(f"cuda:{number}" for number in range(cards))],
+        devices=[*(["cpu"] if on_cpu else []), *(f"cuda:{number}" for number in range(cards))],
     )

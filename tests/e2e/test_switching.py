@@ -120,7 +120,7 @@ def test_spares_end_with_a_killed_server(serve: Serve) -> None:
 
 
 def test_spares_of_an_unknown_backend_are_refused(serve: Serve, tmp_path: Path) -> None:
-    server = Server(tmp_path / "models", tmp_path / "data", spares="vllm")
+    server = Server(tmp_path / "models", tmp_path / "data", spares="tgi")
     assert "spares" in server.refuses_to_start()
 
 
@@ -142,7 +142,7 @@ def test_an_idle_engine_sleeps_and_wakes(serve: Serve) -> None:
 
     response = server.post("/v1/chat/completions", chat_body(max_tokens=4, messages=talk.messages))
     assert response.headers["x-xandrouting-load"].startswith("cold;dur=")
-    assert response.headers["x-xandrouting-engine"] == "llamacpp/cpu#1"
+    assert response.headers["x-xandrouting-engine"] == "llamacpp/cpu#1;auto=gguf"
     assert cached(ok(response)) > 0.9 * talk.tokens
     assert server.loaded()[0]["pid"] == before["pid"]
     assert server.stats()["loads"] == 2

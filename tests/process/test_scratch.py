@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import stat
+import subprocess
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -88,3 +91,16 @@ async def test_an_order_may_ask_for_cores(
     first = await launcher.start(ENGINE, replace(ordered_plan(), order="on {cores}"))
     second = await launcher.start(ENGINE, replace(ordered_plan(), order="on {cores}"))
     assert (first.cores, second.cores) == ((0, 1, 2, 3), (0, 1))
+
+
+async def test_it_goes_when_no_process_could_be_made(
+    launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(EngineStartFailed):
+        await launcher.start(ENGINE, replace(fake_plan(), env=SCRATCH))
+    assert list(tmp_path.iterdir()) == []

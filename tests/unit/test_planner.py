@@ -480,9 +480,7 @@ def test_that_all_layers_fit_is_told_where_it_was_not_asked_for() -> None:
     assert world.reasons(LAYERED) == ["all layers fit on cuda:0"]
     assert world.reasons(asking(LAYERED, n_gpu_layers=-1)) == []
     both = replace(LAYERED, placements=((CARD, CARD_1),))
-    assert world.reasons(both) == [
-        "it is shared by cuda:0, cuda:1: it does not fit on one of them"
-    ]
+    assert world.reasons(both) == ["it is shared by cuda:0, cuda:1: it does not fit on one of them"]
 
 
 # By how much it is too large.

@@ -377,6 +377,18 @@ async def test_where_nobody_tells_whose_the_memory_is_the_card_tells(leaks: bool
 
 
 @virtual_time
+async def test_and_tells_so_though_others_have_taken_some_of_it_since() -> None:
+    async with world(tells=False) as w:
+        await w.use()
+        await asyncio.sleep(SOFT_IDLE_S + 5.0)
+        w.sleep.others = 3 * GIB
+        await asyncio.sleep(SOFT_IDLE_S)
+        assert w.journal == ["started qwen#1", OFFLOAD, *WAKE, DROP]
+        assert w.state is EngineState.SLEEPING
+        assert w.charged == {HOST: 1, CARD: 1}
+
+
+@virtual_time
 async def test_other_options_are_had_by_a_fresh_one() -> None:
     async with world() as w:
         await w.use()

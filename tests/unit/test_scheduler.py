@@ -37,6 +37,7 @@ from xandrouting.core.errors import (
     EngineStartFailed,
     EngineUnloaded,
     InsufficientMemory,
+    InvalidRequest,
     LoadingTimeout,
     QueueFull,
     QueueTimeout,
@@ -714,6 +715,16 @@ def test_the_last_failure_of_a_file_can_be_asked_for_until_it_loads() -> None:
     assert scheduler.failure(LLAMA.key.model, "") is None
     scheduler.handle(Acquire(A, QWEN), now=1.0)
     scheduler.handle(EngineReady(QWEN_2), now=2.0)
+    assert scheduler.failure(QWEN.key.model, "") is None
+
+
+def test_options_that_cannot_be_are_no_failure_of_the_model() -> None:
+    scheduler = make_scheduler(backoff_first_s=1.0)
+    scheduler.handle(Acquire(A, QWEN), now=0.0)
+    scheduler.handle(EngineExited(QWEN_1, InvalidRequest("too long")), now=1.0)
+    assert scheduler.handle(Acquire(B, QWEN), now=1.5) == [
+        Refused(B, InvalidRequest, retry_after_s=0.5)
+    ]
     assert scheduler.failure(QWEN.key.model, "") is None
 
 

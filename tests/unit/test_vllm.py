@@ -96,7 +96,9 @@ def test_on_the_processor() -> None:
         ("VLLM_NO_USAGE_STATS", "1"),
         ("DO_NOT_TRACK", "1"),
         ("PYTHONUNBUFFERED", "1"),
+        ("TMPDIR", "{scratch}"),
         ("VLLM_CACHE_ROOT", "/data/vllm"),
+        ("TORCHINDUCTOR_CACHE_DIR", "/data/vllm/inductor"),
         ("CUDA_VISIBLE_DEVICES", ""),
         ("VLLM_CPU_OMP_THREADS_BIND", "{cores}"),
     )

@@ -66,6 +66,7 @@ def test_what_is_for_clients(path: bytes) -> None:
         b"/sleep",
         b"/sleep?level=2",
         b"/sleep/",
+        b"//sleep",
         b"/%73leep",
         b"/wake_up",
         b"/collective_rpc",

@@ -13,14 +13,8 @@ import httpx2
 import psutil
 import pytest
 
-from tests.server import (
-    Server,
-    link_or_copy,
-    models_dir,
-    ok,
-    vllm_bin,
-    vllm_model,
-)
+from tests.server import Server, link_or_copy, models_dir, ok
+from tests.vllm.installed import vllm, vllm_model
 
 SMOL = "/models/smol"
 TWIN = "/models/twin"
@@ -47,7 +41,7 @@ def vllm_server(root: Path, **settings: object) -> Server:
     models = models_dir(root / "models", GGUF_NAME)
     vllm_folder(models / "smol")
     vllm_folder(models / "twin")
-    there = {"VLLM_BIN": str(vllm_bin())}
+    there = {"VLLM_BIN": str(vllm().executable)}
     return Server(models, root / "data", environment=there, answer_s=LOAD_S, **settings)
 
 

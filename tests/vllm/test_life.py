@@ -63,10 +63,37 @@ def segments(tree: Sequence[psutil.Process]) -> set[Path]:
 
 
 def loads_anew(server: Server, before: int) -> None:
-    answer = chat(server, max_tokens=2)
+    answer = chat(server, max_tokens=2, **SMALL)
     assert ok(answer)
     assert answer.headers["x-xandrouting-engine"] == f"vllm/cpu#{before + 1};auto=safetensors"
     assert answer.headers["x-xandrouting-load"].startswith("cold")
+
+
+# Options.
+
+
+def length(server: Server) -> int:
+    """Return the context that vLLM itself says it has."""
+    told: int = ok(server.get("/upstream/smol/v1/models"))["data"][0]["max_model_len"]
+    return told
+
+
+def test_length_reaches_the_engine_and_a_larger_one_reloads_it(server: Server) -> None:
+    before = incarnation(server)
+    assert "--max-model-len=1024" in server.engines(SMOL)[0].cmdline()
+    assert length(server) == 1024
+    for asked in ({"max_model_len": 512}, {"max_model_len": 1024}, {}):
+        answer = chat(server, max_tokens=1, **asked)
+        assert ok(answer)
+        assert answer.headers["x-xandrouting-load"] == "hit"
+    assert chat(server, "word " * 1200).status_code == 400
+
+    with story(server, SMOL, max_tokens=20) as stream, together(1) as pool:
+        larger = pool.submit(server.load, SMOL, max_model_len=2048)
+        assert stream.rest()[-1] == "[DONE]"
+        assert larger.result(LOAD_S)["max_model_len"] == 2048
+    assert (incarnation(server), length(server)) == (before + 1, 2048)
+    assert ok(chat(server, "word " * 1200, max_tokens=1))
 
 
 # Signals.
@@ -86,23 +113,6 @@ def test_sigterm_lets_a_stream_end_and_cuts_the_one_that_lasts(server: Server) -
     check_error(json.loads(last), "engine_error")
     wait_for(all_gone(tree), 20)
     loads_anew(server, before)
-
-
-def test_sigterm_to_the_gateway_lets_a_stream_end(server: Server) -> None:
-    tree = server.everything()
-    left = segments(tree_of(server))
-    with story(server, SMOL, max_tokens=20) as stream:
-        server.signal()
-        wait_for(lambda: "server stopping" in server.log())
-        *chunks, done = stream.rest()
-    assert done == "[DONE]"
-    assert not any("error" in json.loads(chunk) for chunk in chunks)
-    assert server.wait() == 0
-    assert all_gone(tree)()
-    assert not [path for path in left if path.exists()]
-    assert "Traceback" not in server.log()
-    server.close()
-    server.start()
 
 
 # Kills.
@@ -134,6 +144,26 @@ def test_killed_worker_is_noticed(server: Server) -> None:
     assert not any(path.exists() for path in left)
 
 
+# The gateway's own end.
+
+
+def test_sigterm_to_the_gateway_lets_a_stream_end(server: Server) -> None:
+    tree = server.everything()
+    left = segments(tree_of(server))
+    with story(server, SMOL, max_tokens=20) as stream:
+        server.signal()
+        wait_for(lambda: "server stopping" in server.log())
+        *chunks, done = stream.rest()
+    assert done == "[DONE]"
+    assert not any("error" in json.loads(chunk) for chunk in chunks)
+    assert server.wait() == 0
+    assert all_gone(tree)()
+    assert not [path for path in left if path.exists()]
+    assert "Traceback" not in server.log()
+    server.close()
+    server.start()
+
+
 def test_killed_gateway_leaves_nothing(server: Server) -> None:
     tree = [*server.everything(), *tree_of(server)]
     left = segments(tree_of(server))
@@ -142,30 +172,3 @@ def test_killed_gateway_leaves_nothing(server: Server) -> None:
     wait_for(lambda: not any(path.exists() for path in left), 5)
     server.close()
     server.start()
-
-
-# Options.
-
-
-def length(server: Server) -> int:
-    """Return the context that vLLM itself says it has."""
-    told: int = ok(server.get("/upstream/smol/v1/models"))["data"][0]["max_model_len"]
-    return told
-
-
-def test_length_reaches_the_engine_and_a_larger_one_reloads_it(server: Server) -> None:
-    before = incarnation(server)
-    assert "--max-model-len=1024" in server.engines(SMOL)[0].cmdline()
-    assert length(server) == 1024
-    for asked in ({"max_model_len": 512}, {"max_model_len": 1024}, {}):
-        answer = chat(server, max_tokens=1, **asked)
-        assert ok(answer)
-        assert answer.headers["x-xandrouting-load"] == "hit"
-    assert chat(server, "word " * 1200).status_code == 400
-
-    with story(server, SMOL, max_tokens=20) as stream, together(1) as pool:
-        larger = pool.submit(server.load, SMOL, max_model_len=2048)
-        assert stream.rest()[-1] == "[DONE]"
-        assert larger.result(LOAD_S)["max_model_len"] == 2048
-    assert (incarnation(server), length(server)) == (before + 1, 2048)
-    assert ok(chat(server, "word " * 1200, max_tokens=1))

@@ -83,6 +83,13 @@ def test_it_is_listed_and_its_backend_said_to_be_missing(server: Server) -> None
         GGUF: "llamacpp",
         BOTH_GGUF: "llamacpp",
     }
+    on_disk = ok(server.get("/v1/models/inventory"))["models"]
+    assert {model["path"]: model["fits"] for model in on_disk} == {
+        FOLDER: False,
+        BOTH: True,  # as the GGUF in it
+        GGUF: True,
+        BOTH_GGUF: True,
+    }
     vllm = ok(server.get("/health"))["engines"]["vllm"]
     assert (vllm["available"], vllm["status"]) == (False, "unavailable")
     assert COMMAND in vllm["command"]

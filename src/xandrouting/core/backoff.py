@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xandrouting.core.cover import fill
-from xandrouting.core.errors import GatewayError
+from xandrouting.core.errors import GatewayError, InvalidRequest
 from xandrouting.core.model import EngineSpec, LoadOptions, ModelKey
 
 MAX_DOUBLINGS: Final = 64  # 2.0**1024 is an OverflowError, after a day of failures
@@ -42,8 +42,9 @@ class Backoffs:
         if before is not None and before.revision == revision:
             count = before.count + 1
         pause_s = min(self._first_s * 2.0 ** min(count - 1, MAX_DOUBLINGS), self._max_s)
-        failure = _Failure(error, revision, count, now + pause_s)
-        self._failures[key, options] = self._last[key.model] = failure
+        failure = self._failures[key, options] = _Failure(error, revision, count, now + pause_s)
+        if not isinstance(error, InvalidRequest):  # else it was the options', and not the model's
+            self._last[key.model] = failure
 
     def clear(self, key: ModelKey, options: LoadOptions) -> None:
         """Forget the failures of what has started after all."""

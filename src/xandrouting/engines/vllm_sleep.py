@@ -40,7 +40,8 @@ _RESET: Final = Call(b"/reset_prefix_cache", answer={"success": True})
 
 def is_public(path: bytes) -> bool:
     """Whether a path, as sent and with its query, may be passed on for a client."""
-    part = unquote_to_bytes(path.partition(b"?")[0]).removeprefix(b"/").partition(b"/")[0]
+    whole = unquote_to_bytes(path.partition(b"?")[0])
+    part = whole.lstrip(b"/").partition(b"/")[0]  # who stands before it may join its slashes
     return part in _PUBLIC
 
 

@@ -127,16 +127,16 @@ def engines_of(services: Services, wanted: UnloadRequest) -> list[tuple[EngineVi
     """
     local = local_engines(services)
     try:
-        model = services.catalog.names().resolve(wanted.model).id
+        models = services.catalog.models_meant(wanted.model, wanted.backend)
     except ModelNotFound:
-        model = wanted.model  # its file may be gone while it is loaded
-        if not any(view.engine.key.model == model for view, _ in local):
+        models = frozenset((wanted.model,))  # its file may be gone while it is loaded
+        if not any(view.engine.key.model in models for view, _ in local):
             raise
     devices = services.catalog.devices_meant(wanted.device)
     return [
         (view, engine)
         for view, engine in local
-        if view.engine.key.model == model
+        if view.engine.key.model in models
         and wanted.backend in (None, "auto", view.engine.key.backend)
         and (devices is None or view.engine.key.device in devices)
     ]

@@ -89,6 +89,7 @@ def loaded_item(view: EngineView, engine: Engine, *, now: float) -> LoadedItem:
         n_parallel=options.n_parallel,
         gpu_memory_utilization=options.gpu_memory_utilization,
         max_model_len=options.max_model_len,
+        tensor_parallel_size=len(view.placement) or None,
         cache_type_k=options.cache_type_k,
         cache_type_v=options.cache_type_v,
         memory=MemoryItem(
@@ -101,6 +102,7 @@ def loaded_item(view: EngineView, engine: Engine, *, now: float) -> LoadedItem:
         pid=None if engine.handle is None else engine.handle.pid,
         node="local",
         placement=list(view.placement),
+        sleep_level=view.level,
         loading=loading_item(engine.loading(now)),
         decision=decision_item(view.decision),
     )

@@ -7,7 +7,12 @@ import asyncio
 from fastapi import FastAPI
 
 from xandrouting.core.engine_state import EngineState
-from xandrouting.core.errors import BackendUnavailable
+from xandrouting.core.errors import (
+    AmbiguousModel,
+    BackendUnavailable,
+    DeviceUnavailable,
+    EngineNotInstalled,
+)
 from xandrouting.http import lists, upstream_lists
 from xandrouting.http.model_path import named
 from xandrouting.http.schemas import InventoryList, LoadedList, ModelItem, ModelList, Stats
@@ -74,7 +79,7 @@ def _fits(services: Services, file: ModelFile) -> bool | None:
         return None
     try:
         route = services.catalog.route(Routing(model=file.id))
-    except BackendUnavailable:
+    except (AmbiguousModel, BackendUnavailable, DeviceUnavailable, EngineNotInstalled):
         return False
     return services.pool.fits(route.spec)
 

@@ -18,7 +18,7 @@ from xandrouting.telemetry.events import EventBus
 from xandrouting.telemetry.logs import LogLine
 
 # What is worth a message of its own: an engine that left without anybody's wish.
-_NOTICES = {"evicted": "evicted", "idle": "ttl_unload"}
+_NOTICES = {"evicted": "evicted", "idle": "ttl_unload", "sleep_failed": "sleep_failed"}
 
 
 class Newsroom:

@@ -16,7 +16,7 @@ from msgspec import Meta, Raw, Struct
 
 from xandrouting.core.engine import EngineView
 from xandrouting.core.engine_state import EngineState
-from xandrouting.core.errors import InvalidRequest, ModelNotFound
+from xandrouting.core.errors import InvalidRequest, ModelNotFound, UnsupportedByEngine
 from xandrouting.core.model import Backend, LoadOptions
 from xandrouting.http import lists
 from xandrouting.http.lifecycle import body_bytes, engines_of, local_engines
@@ -311,6 +311,7 @@ async def _engine_props(services: Services, name: str) -> dict[str, Any]:
 
     Raises:
         InvalidRequest: there is no such model, or no engine of it that answers.
+        UnsupportedByEngine: its engine is another than llama.cpp, and has none.
     """
     try:
         model = services.catalog.names().resolve(name).id
@@ -328,4 +329,9 @@ async def _engine_props(services: Services, name: str) -> dict[str, Any]:
             # Where it lies is named as everywhere else.
             props: dict[str, Any] = msgspec.json.decode(body)
             return props | {"model_path": model}
+        if status == 404:
+            raise UnsupportedByEngine(
+                f"The engine of {model} tells no properties. GET /v1/models/loaded has its options.",
+                param="model",
+            )
     raise InvalidRequest(f"model is not loaded: {model}", param="model")

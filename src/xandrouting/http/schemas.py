@@ -290,6 +290,9 @@ class System(BaseModel):
 class LoadedItem(BaseModel):
     """One engine. `model` is the exact string the client last used, `path` the canonical id.
 
+    `sleep_level`, while it sleeps: 0 its process alone is left, 1 its weights are in main memory,
+    2 they must be read again. `tensor_parallel_size`: how many cards share it.
+
     Or a model in the memory of an Ollama, which is its `node`: null is what that does not tell.
     """
 
@@ -316,12 +319,14 @@ class LoadedItem(BaseModel):
     n_parallel: int | None
     gpu_memory_utilization: float | None
     max_model_len: int | None
+    tensor_parallel_size: int | None
     cache_type_k: str | None
     cache_type_v: str | None
     memory: MemoryItem
     pid: int | None
     node: str
     placement: list[str]
+    sleep_level: int | None
     loading: LoadingItem | None
     decision: DecisionItem | None
 

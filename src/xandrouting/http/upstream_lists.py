@@ -92,6 +92,7 @@ def loaded_item(name: str, running: RunningModel, *, spelling: str | None = None
         n_parallel=None,
         gpu_memory_utilization=None,
         max_model_len=None,
+        tensor_parallel_size=None,
         cache_type_k=None,
         cache_type_v=None,
         memory=MemoryItem(
@@ -104,6 +105,7 @@ def loaded_item(name: str, running: RunningModel, *, spelling: str | None = None
         pid=None,
         node=name,
         placement=[],
+        sleep_level=None,
         loading=None,
         decision=None,
     )

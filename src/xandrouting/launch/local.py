@@ -440,6 +440,8 @@ def _start_guard(
             start_new_session=True,
         )
     except OSError as error:
+        if "--scratch" in options:
+            guard.discard(str(scratch))
         raise _start_failed(plan, error.strerror or "no process could be made") from error
 
 

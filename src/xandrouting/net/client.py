@@ -388,7 +388,8 @@ class Client:
         before and during its answer, while that is read; None: for ever.
 
         Raises:
-            ConnectError: nobody listens there, or not within the connect timeout.
+            ConnectError: nobody listens there, or not within the connect timeout, or this client
+                is closed.
             SilentError: it was silent for too long; reading the answer raises it too.
             UpstreamError: it closed or broke the connection before its headers were here.
         """
@@ -400,6 +401,8 @@ class Client:
             headers,
             len(body),
         )
+        if self._closed:
+            raise ConnectError("it has been ended")
         kept = self._take_idle()
         if kept is not None:
             sent = self._loop.time()

@@ -166,7 +166,8 @@ class Life:
             if exited.done():
                 self._log_exit(handle)
                 return None
-            woken.result()
+            if not woken.result():
+                return None
         await sleeper.wake(stall_s=shell.load_stall_s)
         return plan
 

@@ -44,7 +44,7 @@ from xandrouting.pool.memory import unmapped_bytes
 from xandrouting.pool.parking import Parking
 from xandrouting.pool.preparing import Preparing
 from xandrouting.pool.probe import Health, http_health
-from xandrouting.pool.shell import Counts, Shell
+from xandrouting.pool.shell import Shell
 from xandrouting.pool.sleeping import Post, http_post
 from xandrouting.pool.tasks import Tasks
 from xandrouting.pool.watching import Watch
@@ -133,7 +133,6 @@ class EnginePool:
         self._tasks = Tasks()
         self._monitor: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._counts = Counts()
         self._watch = Watch(
             node,
             self._engines,
@@ -160,7 +159,6 @@ class EnginePool:
             health=health,
             post=post,
             load_stall_s=load_stall_s,
-            counts=self._counts,
         )
 
     async def __aenter__(self) -> Self:
@@ -329,17 +327,17 @@ class EnginePool:
     @property
     def loads(self) -> int:
         """How many engines became ready, those that were woken included."""
-        return self._counts.loads
+        return self._shell.counts.loads
 
     @property
     def load_failures(self) -> int:
         """How many never did."""
-        return self._counts.load_failures
+        return self._shell.counts.load_failures
 
     @property
     def evictions(self) -> int:
         """How many left to make room."""
-        return self._counts.evictions
+        return self._shell.counts.evictions
 
     # The scheduler's side.
 
@@ -442,7 +440,7 @@ class EnginePool:
     def _stop(self, stop: Stop) -> None:
         engine = self._engines[stop.engine]
         log.info("engine stopping engine=%s reason=%s force=%s", engine.id, stop.reason, stop.force)
-        self._counts.evictions += stop.reason == "evicted"
+        self._shell.counts.evictions += stop.reason == "evicted"
         engine.forced = engine.forced or stop.force
         engine.stop_reason = engine.stop_reason or stop.reason
         if stop.force and engine.stop_asked.is_set() and engine.handle is not None:

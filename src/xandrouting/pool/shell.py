@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xandrouting.core.events import Event
 from xandrouting.pool.engine import EngineNews
@@ -37,4 +37,4 @@ class Shell:
     health: Health
     post: Post
     load_stall_s: float
-    counts: Counts
+    counts: Counts = field(default_factory=Counts)

@@ -89,15 +89,14 @@ class Sleeper:
         self._dispatch = dispatch
         self._on_news = on_news
 
-    async def sleep(self) -> None:
-        """Sleep, deeper when told to, until woken.
+    async def sleep(self) -> bool:
+        """Sleep, deeper when told to, until woken; False: it shall stop.
 
-        When it cannot the scheduler is told, which has it try another level or stop: this
-        waits for either.
+        When it cannot the scheduler is told, which has it try another level or stop.
         """
         engine, current = self._engine, None
         engine.woken.clear()
-        awake = _Memory.of(engine, self._watch.survey)
+        awake = _Memory.of(engine, await self._watch.look())
         while not engine.woken.is_set():
             engine.deeper.clear()
             level = engine.level
@@ -109,29 +108,33 @@ class Sleeper:
                 log.warning("engine not asleep engine=%s level=%d %s", engine.id, level, reason)
                 self._dispatch(SleepFailed(engine.id, hopeless=True))
                 await engine.stop_asked.wait()
-                return
+                return False
             current = level
             kept = await self._until_free(awake)
             if kept is None:
-                log.warning(
-                    "engine asleep and its memory not free engine=%s level=%d", engine.id, level
-                )
+                log.warning("engine asleep, memory not free engine=%s level=%d", engine.id, level)
                 self._dispatch(SleepFailed(engine.id))
                 await self._first_of(engine.deeper, engine.stop_asked)
                 if engine.stop_asked.is_set():
-                    return
+                    return False
                 continue
-            log.info(
-                "engine sleeping engine=%s level=%d host_bytes=%s device_bytes=%s",
-                engine.id,
-                level,
-                kept.host_bytes,
-                kept.device_bytes,
-            )
-            self._dispatch(EngineSlept(engine.id, kept))
-            if not engine.woken.is_set():  # else somebody waited for it, and it sleeps no more
-                self._on_news(EngineNews(News.SLEEPING, engine))
+            self._slept(kept)
             await self._first_of(engine.woken, engine.deeper)
+            awake = awake.again(kept, self._watch.survey)
+        return True
+
+    def _slept(self, kept: MemoryUse) -> None:
+        engine = self._engine
+        log.info(
+            "engine sleeping engine=%s level=%d host_bytes=%s device_bytes=%s",
+            engine.id,
+            engine.level,
+            kept.host_bytes,
+            kept.device_bytes,
+        )
+        self._dispatch(EngineSlept(engine.id, kept))
+        if not engine.woken.is_set():  # else somebody waited for it, and it sleeps no more
+            self._on_news(EngineNews(News.SLEEPING, engine))
 
     async def wake(self, *, stall_s: float) -> None:
         """Bring it back to where it takes requests.
@@ -226,6 +229,13 @@ class _Memory:
     def taken_bytes(self) -> int:
         """All of it."""
         return sum(self._taken.values())
+
+    def again(self, kept: MemoryUse, survey: Survey) -> _Memory:
+        """Return the same by a later survey, while it keeps so much: others come and go."""
+        keeps, now = dict(kept.devices or ()), _available(survey)
+        freed = {device: taken - keeps.get(device, 0) for device, taken in self._taken.items()}
+        available = {device: free - freed.get(device, 0) for device, free in now.items()}
+        return _Memory(self._engine, self._taken, available)
 
     def kept(self, survey: Survey) -> MemoryUse | None:
         """Return what it still has by this survey; None: that cannot be told."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from xandrouting.core.errors import (
+    AmbiguousModel,
     BackendUnavailable,
     DeviceUnavailable,
     EngineNotInstalled,
@@ -76,6 +77,11 @@ class Devices:
 
     cuda: int = 0  # that llama.cpp can use
     vllm_cuda: int = 0  # that vLLM can
+    vllm_cpu: bool = True  # whether vLLM can use the processor too
+
+    def on_cpu(self, backend: Backend) -> bool:
+        """Whether engines of this backend can do without a card."""
+        return backend is Backend.LLAMACPP or self.vllm_cpu
 
     def cards(self, backend: Backend) -> int:
         """Return how many cards engines of this backend can use."""
@@ -153,6 +159,12 @@ class Catalog:
     def _local_route(self, fields: Routing, names: ModelNames, embeddings: bool) -> Route:
         file, backend = self._choice(fields, names)
         device, fallback = self._device(fields.device or "auto", backend)
+        if device == "cpu" and not self._devices.on_cpu(backend):
+            raise DeviceUnavailable(
+                f"The vLLM on this machine is built for GPUs and cannot run '{shown(file.id)}' on "
+                f"the cpu: ask for the device cuda.{self._instead(file, names)}",
+                param="device",
+            )
         adapter = self._adapters[backend]
         facts = facts_of(file)
         asked = LoadOptions(
@@ -232,6 +244,27 @@ class Catalog:
             for other in _ggufs_of(file, names)
             if other.size_bytes < file.size_bytes
         )
+
+    def models_meant(self, name: str, backend: str | None) -> frozenset[str]:
+        """Return the ids of the models that requests by `name` may have loaded.
+
+        A folder that is a model and holds another is one of them, by who served it.
+
+        Raises:
+            GatewayError: as for a request by that name.
+        """
+        formats: Iterable[ModelFormat | None] = ModelFormat
+        if backend not in (None, "auto"):
+            formats = (_SERVES.get(Backend(backend)),)
+        found, ambiguous = set(), None
+        for wanted in formats:
+            try:
+                found.add(self.names().resolve(name, prefers=wanted).id)
+            except AmbiguousModel as error:
+                ambiguous = error
+        if ambiguous is not None and not found:
+            raise ambiguous
+        return frozenset(found)
 
     def devices_meant(self, asked: str | None) -> frozenset[str] | None:
         """Return the devices an unload by `asked` means; None: any.
