@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -35,6 +36,8 @@ AT_LEAST = 0.97
 TURNS = ("gateway", "direct", "direct", "gateway")
 USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 
+Taken = TypeVar("Taken")
+
 STARTS = 3
 REST_S = 2.0  # a spare that used no CPU for so long has imported everything
 SPARE_TIMEOUT_S = 180.0
@@ -55,6 +58,15 @@ class Answer:
     asked: float
     first: float
     ended: float
+
+
+@dataclass(frozen=True)
+class Talk:
+    """Answers that were generated side by side, and the gateway's CPU time meanwhile."""
+
+    tokens: int
+    took_s: float  # from the first request to the last one's end
+    busy_s: float
 
 
 def install() -> VllmInstall:
@@ -93,11 +105,11 @@ def speed(effort: Effort) -> list[Row]:
         ways = {"gateway": Way(contender.port), "direct": load(contender)}
         model = llm.model_of(contender)
 
-        def rate(way: Way, streams: int) -> float:
-            """Return tokens per second, from the first request to the last one's end."""
+        def talk(way: Way, streams: int) -> Talk:
+            busy_s = cpu_s(contender.pid)
             answers = _ask(clients, way, model, streams, TOKENS)
-            took = max(a.ended for a in answers) - min(a.asked for a in answers)
-            return streams * TOKENS / took
+            took_s = max(a.ended for a in answers) - min(a.asked for a in answers)
+            return Talk(streams * TOKENS, took_s, cpu_s(contender.pid) - busy_s)
 
         def first(way: Way, streams: int) -> float:
             volleys = [_ask(clients, way, model, streams, 1) for _ in range(FIRSTS // streams)]
@@ -107,16 +119,34 @@ def speed(effort: Effort) -> list[Row]:
         rows = []
         for streams in STREAMS:
             noun = f"{streams} stream" if streams == 1 else f"{streams} streams"
-            busy_s = cpu_s(contender.pid)
-            rates = _in_turn(ways, streams, rate, effort.rounds)
-            tokens = streams * TOKENS * (1 + len(rates["gateway"]))
-            busy_us = (cpu_s(contender.pid) - busy_s) / tokens * 1e6
+            talks = _in_turn(ways, streams, talk, effort.rounds)
+            rates = {
+                name: [each.tokens / each.took_s for each in seen] for name, seen in talks.items()
+            }
             row = _row(f"vLLM, tokens/s, {noun}", rates, "/s", AT_LEAST, at_least=True)
-            note = f"{row.note}; the gateway used {show(busy_us, 'µs')} of CPU per token"
-            rows.append(replace(row, note=note))
+            rows.append(replace(row, note=f"{row.note}; {_cpu(talks)}"))
             firsts = _in_turn(ways, streams, first, effort.rounds)
             rows.append(_row(f"vLLM, time to first token, {noun}", firsts, "ms", 1 / AT_LEAST))
         return rows
+
+
+def _cpu(talks: Mapping[str, Sequence[Talk]]) -> str:
+    """Tell what the gateway uses whoever is asked, and what it uses more when it is asked."""
+    through, direct = (_sum(talks[name]) for name in ("gateway", "direct"))
+    rest = direct.busy_s / direct.took_s
+    more_us = (through.busy_s - rest * through.took_s) / through.tokens * 1e6
+    return (
+        f"the gateway used {show(more_us, 'µs')} of CPU per token, and {show(rest * 100, '%')} of "
+        "a core whoever was asked"
+    )
+
+
+def _sum(talks: Sequence[Talk]) -> Talk:
+    return Talk(
+        sum(talk.tokens for talk in talks),
+        sum(talk.took_s for talk in talks),
+        sum(talk.busy_s for talk in talks),
+    )
 
 
 def _ask(
@@ -159,10 +189,10 @@ def _answer(way: Way, body: Body) -> Answer:
 
 
 def _in_turn(
-    ways: Mapping[str, Way], streams: int, take: Callable[[Way, int], float], rounds: int
-) -> dict[str, list[float]]:
-    """Take the figure of each way in turn, after once that does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+    ways: Mapping[str, Way], streams: int, take: Callable[[Way, int], Taken], rounds: int
+) -> dict[str, list[Taken]]:
+    """Measure each way in turn, after once that does not count."""
+    taken: dict[str, list[Taken]] = {name: [] for name in ways}
     for way in ways.values():
         take(way, streams)
     for _ in range(rounds):
@@ -191,7 +221,8 @@ def _row(
         limit,
         at_least=at_least,
         **cells,
-        note=f"{len(ratios)} pairs in turn, the middle half of their ratios {low:.3f} to {high:.3f}",
+        note=f"{len(ratios)} pairs in turn, the middle half of their ratios {low:.3f} "
+        f"to {high:.3f}",
     )
 
 

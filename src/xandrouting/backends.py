@@ -72,7 +72,9 @@ def look(
         program = str(found.executable)
         version = f"vllm {found.version or ''}".strip()
         vllm = _status(version=version, cards=vllm_cards, on_cpu=on_cpu)
-    python = found.python if isinstance(found, VllmInstall) and vllm_spare else None
+    python = None
+    if vllm_spare and isinstance(found, VllmInstall) and found.version is not None:
+        python = found.python  # of somebody's own script it is not known to be vLLM's
     setup = VllmSetup(
         program,
         waiter=None if python is None else str(python),

@@ -57,6 +57,8 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     write_gguf(root / "many" / "one.gguf")
     write_gguf(root / "many" / "two.gguf")
     (write_folder(root / "damaged") / "config.json").unlink()
+    (write_folder(root / "stray") / "config.json").unlink()
+    write_gguf(root / "stray" / "whole.gguf")
     return scan(root, HeaderCache())
 
 
@@ -106,6 +108,13 @@ def no_llamacpp(snapshot: Snapshot) -> Machine:
 
 
 # Nobody says which.
+
+
+def test_a_damaged_folder_does_not_hide_the_gguf_in_it(whole: Machine, no_vllm: Machine) -> None:
+    for machine in (whole, no_vllm):
+        assert machine.serves("stray") == ("stray/whole.gguf", "llamacpp")
+    assert whole.serves("damaged") == ("damaged", "vllm")
+    assert whole.serves("stray", "vllm") == ("stray", "vllm")
 
 
 @pytest.mark.parametrize("backend", [None, "auto"])
@@ -288,7 +297,7 @@ def test_the_spec_of_a_folder(whole: Machine, snapshot: Snapshot) -> None:
     spec = whole.route("both").spec
     assert spec.source == str(file.path)
     assert spec.files == (str(file.path / "model.safetensors"),)  # the rest is no weights
-    assert spec.flags == ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
+    assert spec.flags == ("--runner=pooling",)
     assert spec.revision == file.revision
     assert spec.learned_as == f"{file.revision}||vllm|vllm 0.32"
     assert spec.mmproj is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -146,6 +147,19 @@ def test_a_spare_is_had_where_it_is_wanted_and_can_be(machine: Path) -> None:
     spare = look(machine, spare=True).adapters[Backend.VLLM].spare()
     assert spare is not None
     assert spare.argv[0] == str(vllm.parent / "python3")
+
+
+def test_a_script_of_ones_own_is_not_passed_over_for_a_spare(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = machine / "mine"
+    machine.mkdir(parents=True, exist_ok=True)
+    script.write_text(f"#!{sys.executable}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("VLLM_BIN", str(script))
+    found = look(machine, spare=True)
+    assert found.adapters[Backend.VLLM].spare() is None
+    assert launch(found, Backend.VLLM).argv[0] == str(script)
 
 
 def test_without_llamacpp(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

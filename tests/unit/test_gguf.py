@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.gguf_writer import FILE_TYPES, gguf_bytes, write_gguf
+from xandrouting.core.quantization import quantization_in_name, without_quantization
 from xandrouting.inventory.gguf import (
     GgufHeader,
     InvalidGguf,
@@ -14,11 +15,7 @@ from xandrouting.inventory.gguf import (
     join_parts,
     read_gguf,
 )
-from xandrouting.inventory.quantization import (
-    quantization_in_name,
-    quantization_of,
-    without_quantization,
-)
+from xandrouting.inventory.quantization import quantization_of
 
 
 @pytest.fixture

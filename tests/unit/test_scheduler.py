@@ -722,10 +722,10 @@ def test_options_that_cannot_be_are_no_failure_of_the_model() -> None:
     scheduler = make_scheduler(backoff_first_s=1.0)
     scheduler.handle(Acquire(A, QWEN), now=0.0)
     scheduler.handle(EngineExited(QWEN_1, InvalidRequest("too long")), now=1.0)
-    assert scheduler.handle(Acquire(B, QWEN), now=1.5) == [
-        Refused(B, InvalidRequest, retry_after_s=0.5)
-    ]
     assert scheduler.failure(QWEN.key.model, "") is None
+    assert scheduler.handle(Acquire(B, QWEN), now=999.0) == [Refused(B, InvalidRequest)]
+    mended = replace(QWEN, revision="mended")
+    assert scheduler.handle(Acquire(C, mended), now=999.0) == [start(mended, 2)]
 
 
 # Waiting has an end.

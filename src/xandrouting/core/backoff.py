@@ -17,14 +17,15 @@ class _Failure:
     error: GatewayError
     revision: str
     count: int
-    until: float
+    until: float | None  # None: for as long as the file stays the same
 
 
 class Backoffs:
     """What failed to start, and until when nobody tries it again.
 
     A failure is held against the same file with the same options only: an impossible
-    context that one client asked for does not keep the others from the model.
+    context that one client asked for does not keep the others from the model. Options that the
+    engine refuses are not tried again: a running engine would have to end for each try.
     """
 
     def __init__(self, *, first_s: float, max_s: float) -> None:
@@ -42,9 +43,11 @@ class Backoffs:
         if before is not None and before.revision == revision:
             count = before.count + 1
         pause_s = min(self._first_s * 2.0 ** min(count - 1, MAX_DOUBLINGS), self._max_s)
-        failure = self._failures[key, options] = _Failure(error, revision, count, now + pause_s)
-        if not isinstance(error, InvalidRequest):  # else it was the options', and not the model's
-            self._last[key.model] = failure
+        if isinstance(error, InvalidRequest):  # the options are at fault, and will be again
+            self._failures[key, options] = _Failure(error, revision, count, until=None)
+            return
+        failure = _Failure(error, revision, count, now + pause_s)
+        self._failures[key, options] = self._last[key.model] = failure
 
     def clear(self, key: ModelKey, options: LoadOptions) -> None:
         """Forget the failures of what has started after all."""
@@ -54,7 +57,11 @@ class Backoffs:
     def refusal(self, spec: EngineSpec, now: float) -> GatewayError | None:
         """Return what to refuse a request with, if its engine failed a moment ago."""
         failure = self._failures.get((spec.key, fill(spec.wants, spec.defaults)))
-        if failure is None or failure.revision != spec.revision or now >= failure.until:
+        if failure is None or failure.revision != spec.revision:
+            return None
+        if failure.until is None:
+            return failure.error.again()
+        if now >= failure.until:
             return None
         return failure.error.again(retry_after_s=failure.until - now)
 

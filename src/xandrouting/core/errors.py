@@ -125,6 +125,96 @@ class ModelNotLoaded(GatewayError):
     status, error_type, code = 404, "invalid_request_error", "model_not_loaded"
 
 
+class InvalidDestination(GatewayError):
+    """A download's destination is no plain folder name inside the models directory."""
+
+    status, error_type, code = 400, "invalid_request_error", "invalid_destination"
+
+
+class NoSuchQuantization(GatewayError):
+    """The repository has no such quantization; `details["choices"]` lists those it has."""
+
+    status, error_type, code = 400, "invalid_request_error", "no_such_quantization"
+
+
+class AmbiguousQuantization(GatewayError):
+    """Several models of the repository fit; `details["choices"]` lists them."""
+
+    status, error_type, code = 400, "invalid_request_error", "ambiguous_quantization"
+
+
+class NothingToDownload(GatewayError):
+    """No file of the repository is wanted: none is a model's, or the patterns fit none."""
+
+    status, error_type, code = 400, "invalid_request_error", "nothing_to_download"
+
+
+class UnsafeRepository(GatewayError):
+    """The repository's listing holds names that no folder may hold."""
+
+    status, error_type, code = 400, "invalid_request_error", "unsafe_repository"
+
+
+class DownloadOver(GatewayError):
+    """The download has ended, so there is nothing to cancel, to pause or to resume."""
+
+    status, error_type, code = 400, "invalid_request_error", "download_over"
+
+
+class RepoGated(GatewayError):
+    """The repository's owner lets only those in who asked; the message says how."""
+
+    status, error_type, code = 403, "permission_error", "repo_gated"
+
+
+class RepoForbidden(GatewayError):
+    """The hub refuses this token, or nobody may have the repository any more."""
+
+    status, error_type, code = 403, "permission_error", "repo_forbidden"
+
+
+class RepoNotFound(GatewayError):
+    """The hub has no such repository, or does not show it to this token."""
+
+    status, error_type, code = 404, "invalid_request_error", "repo_not_found"
+
+
+class RevisionNotFound(GatewayError):
+    """The repository has no such branch, tag or commit."""
+
+    status, error_type, code = 404, "invalid_request_error", "revision_not_found"
+
+
+class DownloadNotFound(GatewayError):
+    """There is no download of that id."""
+
+    status, error_type, code = 404, "invalid_request_error", "download_not_found"
+
+
+class DestinationOccupied(GatewayError):
+    """The destination belongs to another download, or to another model."""
+
+    status, error_type, code = 409, "conflict_error", "destination_occupied"
+
+
+class HubUnreachable(GatewayError):
+    """The hub does not answer, or not as a hub; later it may."""
+
+    status, error_type, code = 503, "server_error", "hub_unreachable"
+
+
+class ModelsDirUnusable(GatewayError):
+    """Nothing can be written into the models directory."""
+
+    status, error_type, code = 503, "server_error", "models_dir_unusable"
+
+
+class InsufficientDisk(GatewayError):
+    """The files do not fit the disk; `details` holds the numbers."""
+
+    status, error_type, code = 507, "server_error", "insufficient_disk"
+
+
 class MethodNotAllowed(GatewayError):
     """The address exists, the method does not. `allow` names the methods that do."""
 

@@ -20,7 +20,7 @@ from xandrouting.core.model import (
     StartFailure,
 )
 from xandrouting.engines.base import ModelFacts, Phase, visible_devices
-from xandrouting.engines.vllm_memory import VllmCost, run_bytes
+from xandrouting.engines.vllm_memory import VllmCost, batch_tokens, run_bytes
 from xandrouting.engines.vllm_sleep import ENV as SLEEP_ENV
 from xandrouting.engines.vllm_sleep import FLAG as SLEEP_FLAG
 from xandrouting.engines.vllm_sleep import VllmSleep
@@ -36,6 +36,8 @@ SEQUENCES_GPU: Final = 16
 LONGEST_CPU: Final = 8192  # tokens, where nobody asks: the KV cache is taken whole at the start
 LONGEST_GPU: Final = 32_768
 BATCHED_TOKENS: Final = 2048  # what `VllmCost` reckons with
+# Its own choice for them, said so that it is ours too: they make vectors or scores of texts.
+POOLING: Final = "--runner=pooling"
 # Once drained it has nothing to lose, and takes 3 s to end by itself; killed it is gone at once,
 # and the guard sees to what it leaves.
 STOP_GRACE_S: Final = 0.0
@@ -120,7 +122,7 @@ class Vllm:
     def defaults(self, facts: ModelFacts, device: str) -> LoadOptions:
         """Return the model's own context up to a length that costs no fortune."""
         on_cpu = device == "cpu"
-        longest = LONGEST_CPU if on_cpu else LONGEST_GPU
+        longest = LONGEST_CPU if on_cpu or _pools(facts) else LONGEST_GPU
         return LoadOptions(
             n_parallel=SEQUENCES_CPU if on_cpu else SEQUENCES_GPU,
             max_model_len=min(longest, facts.context_length or longest),
@@ -142,6 +144,7 @@ class Vllm:
             on_cpu=on_cpu,
             eager=self._is_eager(on_cpu=on_cpu),
             batched_tokens=BATCHED_TOKENS,
+            reads_whole=_pools(facts),
             card_bytes=self._setup.card_bytes,
         )
 
@@ -156,6 +159,7 @@ class Vllm:
         """Return `vllm serve` with these options; `options` must be settled and filled."""
         on_cpu, length = not placement, options.max_model_len
         sleeps = bool(self.sleep.levels_on(spec.key.device)) and self._setup.sleeps
+        batched = batch_tokens(BATCHED_TOKENS, length or 0, whole=POOLING in spec.flags)
         argv = [
             self._setup.program,
             "serve",
@@ -167,7 +171,7 @@ class Vllm:
             "--disable-uvicorn-access-log",
             f"--shutdown-timeout={math.ceil(self._setup.drain_s)}",
             f"--max-num-seqs={options.n_parallel}",
-            f"--max-num-batched-tokens={BATCHED_TOKENS}",
+            f"--max-num-batched-tokens={batched}",
             *([] if length is None else [f"--max-model-len={length}"]),
             *self._memory(spec, options, placement),
             *(["--enforce-eager"] if self._is_eager(on_cpu=on_cpu) else []),
@@ -179,7 +183,9 @@ class Vllm:
         return self._launch_plan(argv, env)
 
     def flags(self, facts: ModelFacts) -> tuple[str, ...]:
-        """Return the flags that the model itself asks for."""
+        """Return the flags that the model itself asks for; one that pools calls no tools."""
+        if _pools(facts):
+            return (POOLING,)
         if not facts.chat_template:
             return ()
         return "--enable-auto-tool-choice", f"--tool-call-parser={tool_parser(facts)}"
@@ -259,3 +265,13 @@ class Vllm:
         if not placement:
             return [("CUDA_VISIBLE_DEVICES", ""), ("VLLM_CPU_OMP_THREADS_BIND", "{cores}")]
         return [("CUDA_VISIBLE_DEVICES", visible_devices(placement, self._setup.cards))]
+
+
+def _pools(facts: ModelFacts) -> bool:
+    """Whether vLLM makes vectors or scores with this model, and no text."""
+    architecture = facts.architecture or ""
+    return (
+        facts.pooling
+        or architecture.endswith(("Classification", "ForMaskedLM"))
+        or "bert" in architecture.lower()
+    )

@@ -69,6 +69,7 @@ class VllmCost:
     on_cpu: bool = False
     eager: bool = False  # `--enforce-eager`: nothing is compiled, no CUDA graphs
     batched_tokens: int = 2048  # vLLM's own choice; 8192 on cards of 70 GiB and more
+    reads_whole: bool = False  # a text is read in one piece: see `batch_tokens`
     card_bytes: int = 0  # of the smallest card, for `gpu_memory_utilization`; 0: not known
 
     @property
@@ -87,7 +88,7 @@ class VllmCost:
         engine = Terms(
             weights=self.weights_bytes,
             kv_cache=self.cache_bytes(max_model_len, concurrency),
-            compute=self._compute_bytes(concurrency) * cards,
+            compute=self._compute_bytes(max_model_len, concurrency) * cards,
             overhead=processes if self.on_cpu else self._cuda_bytes() * cards,
         )
         if self.on_cpu:
@@ -97,9 +98,7 @@ class VllmCost:
             more = max(0, wanted - engine.total)
             engine = replace(engine, kv_cache=engine.kv_cache + more)
         workers = _WORKER_BYTES * (cards - 1)
-        return Footprint(
-            host=Terms(overhead=processes + workers), device=engine, start_s=start_s
-        )
+        return Footprint(host=Terms(overhead=processes + workers), device=engine, start_s=start_s)
 
     def cache_bytes(self, max_model_len: int, concurrency: int) -> int:
         """Return a KV cache for one sequence of `max_model_len` tokens beside usual ones."""
@@ -143,15 +142,25 @@ class VllmCost:
         tokens = min(self.sliding_window - 1 + under_way, max_model_len)
         return -(-tokens // self._block_tokens) + 1
 
-    def _compute_bytes(self, concurrency: int) -> int:
+    def _compute_bytes(self, max_model_len: int, concurrency: int) -> int:
+        batched = batch_tokens(self.batched_tokens, max_model_len, whole=self.reads_whole)
         buffers = (
             _HIDDEN_BUFFERS * self.hidden_size + _INTERMEDIATE_BUFFERS * self.intermediate_size
         )
         logits = concurrency * self.vocab_size * _BYTES_PER_LOGIT
-        return self.batched_tokens * buffers * _VALUE_BYTES + logits
+        return batched * buffers * _VALUE_BYTES + logits
 
     def _cuda_bytes(self) -> int:
         return _CUDA_CONTEXT_BYTES + (0 if self.eager else _CUDA_GRAPHS_BYTES)
+
+
+def batch_tokens(usual: int, max_model_len: int, *, whole: bool) -> int:
+    """Return how many tokens a batch must hold.
+
+    A text that is seen in both directions cannot be read in pieces: vLLM refuses to start
+    where the longest is longer than a batch.
+    """
+    return max(usual, max_model_len) if whole else usual
 
 
 def run_bytes(type_bytes: Iterable[tuple[str, int]]) -> int:

@@ -331,7 +331,7 @@ async def _engine_props(services: Services, name: str) -> dict[str, Any]:
             return props | {"model_path": model}
         if status == 404:
             raise UnsupportedByEngine(
-                f"The engine of {model} tells no properties. GET /v1/models/loaded has its options.",
+                f"The engine of {model} tells none. GET /v1/models/loaded has its options.",
                 param="model",
             )
     raise InvalidRequest(f"model is not loaded: {model}", param="model")

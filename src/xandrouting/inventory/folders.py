@@ -25,6 +25,7 @@ from xandrouting.inventory.safetensors import (
 )
 
 WEIGHTS: Final = ".safetensors"
+_CONFIG: Final = "config.json"
 _ADAPTER: Final = "adapter_config.json"
 _TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 _TEMPLATE: Final = "chat_template.jinja"
@@ -53,6 +54,16 @@ class _Sentences(msgspec.Struct):
     max_seq_length: Annotated[int, msgspec.Meta(gt=0, lt=1 << 32)]
 
 
+class _Positions(msgspec.Struct):
+    position_embedding_type: str | None = None
+
+
+class _Tokenizer(msgspec.Struct):
+    model_max_length: float | None = None  # 1e30 where nobody said
+
+
+_POSITIONS_DECODER: Final = msgspec.json.Decoder(_Positions)
+_TOKENIZER_DECODER: Final = msgspec.json.Decoder(_Tokenizer)
 _TEMPLATE_DECODER: Final = msgspec.json.Decoder(_Templates)
 _SENTENCES_DECODER: Final = msgspec.json.Decoder(_Sentences)
 
@@ -182,8 +193,10 @@ def _read(path: Path, folder: Folder) -> FolderModel:
     if not tokenizes:
         raise InvalidSafetensors("its tokenizer is missing")
     length = _sentence_length(path, folder)
+    if length is None:
+        length = _tokenized_length(path, folder, shape.max_position_embeddings)
     return FolderModel(
-        shape if length is None else replace(shape, max_position_embeddings=length),
+        replace(shape, max_position_embeddings=length),
         chat_template=_template(path, folder),
         pooling="modules.json" in names,
         vision="preprocessor_config.json" in names,
@@ -197,6 +210,23 @@ def _sentence_length(path: Path, folder: Folder) -> int | None:
         return _SENTENCES_DECODER.decode(_text(path / _SENTENCES)).max_seq_length
     except (msgspec.DecodeError, ValueError, RecursionError):
         return None
+
+
+def _tokenized_length(path: Path, folder: Folder, positions: int | None) -> int | None:
+    """Return how long a text may be: some positions of a table may be no token's.
+
+    RoBERTa has 514 for texts of 512 tokens. vLLM believes the tokenizer where there is a table.
+    """
+    if positions is None or _TOKENIZER_CONFIG not in folder.files:
+        return positions
+    try:
+        kind = _POSITIONS_DECODER.decode(_text(path / _CONFIG)).position_embedding_type
+        longest = _TOKENIZER_DECODER.decode(_text(path / _TOKENIZER_CONFIG)).model_max_length
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return positions
+    if kind != "absolute" or longest is None or longest < 1:
+        return positions
+    return int(min(positions, longest))
 
 
 def _template(path: Path, folder: Folder) -> str:

@@ -8,8 +8,8 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from xandrouting.core.quantization import quantization_in_name
 from xandrouting.inventory.gguf import GgufHeader
-from xandrouting.inventory.quantization import quantization_in_name
 from xandrouting.inventory.safetensors import SafetensorsModel
 
 VIRTUAL_ROOT: Final = "/models"

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from xandrouting.core.quantization import quantization_in_name, without_quantization
 from xandrouting.inventory.model_file import ModelFile, stem_of
-from xandrouting.inventory.quantization import quantization_in_name, without_quantization
 
 _PREFERENCE: Final = ("F16", "BF16", "Q8_0", "F32")
 

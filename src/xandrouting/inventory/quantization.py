@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
+from xandrouting.core.quantization import quantization_in_name
+
 # Number in the file: name, elements per block, bytes per block.
 TENSOR_TYPES: Final[dict[int, tuple[str, int, int]]] = {
     0: ("F32", 1, 4),
@@ -94,12 +96,6 @@ _MAIN_TYPES: Final = {
     "IQ3_M": "IQ3_S",
     "MXFP4_MOE": "MXFP4",
 }
-_QUANTIZATION: Final = re.compile(
-    r"(?<![^-._/])(?:UD-)?(?:I?Q\d+_(?:K(?:_(?:XXS|XS|S|M|L|XL))?|XXS|XS|S|M|L|XL|NL|[01])"
-    r"|TQ[12]_0|MXFP4(?:_MOE)?|NVFP4|BF16|FP?(?:16|32))(?![^-._/])",
-    re.IGNORECASE,
-)
-
 
 # A claim stands though a smaller type prevails: mixes take up to a tenth off their main type.
 _SLACK: Final = 0.85
@@ -138,17 +134,3 @@ def _main_type(claim: str) -> str:
     if name in _MAIN_TYPES:
         return _MAIN_TYPES[name]
     return re.sub(r"(?<=^Q\d_K)_.*", "", name)
-
-
-def quantization_in_name(name: str) -> str | None:
-    """Return the quantization a file's name ends up with, `UD-Q4_K_XL`, or None."""
-    found = _QUANTIZATION.findall(name)
-    return found[-1].upper().replace("FP16", "F16").replace("FP32", "F32") if found else None
-
-
-def without_quantization(stem: str) -> str:
-    """Return `stem` without the quantization at its end; a stem that is nothing else stays."""
-    for match in _QUANTIZATION.finditer(stem):
-        if match.end() == len(stem):
-            return stem[: match.start()].rstrip("-._") or stem
-    return stem

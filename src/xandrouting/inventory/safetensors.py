@@ -31,11 +31,13 @@ _SINGLE: Final = "model.safetensors"
 _CONFIG: Final = "config.json"
 # Where a model that sees or hears keeps the shape of its language half.
 _NESTED: Final = ("text_config", "llm_config", "language_config")
+# The least of them holds, as for vLLM.
 _CONTEXT_LENGTHS: Final = (
     "max_position_embeddings",
     "n_positions",
     "max_seq_len",
     "seq_length",
+    "max_target_positions",
     "max_sequence_length",
     "max_seq_length",
     "seq_len",
@@ -395,7 +397,7 @@ def _model(
         ),
         head_dim=count("head_dim"),
         kv_latent_dim=None if rank is None else rank + (rope or 0),
-        max_position_embeddings=count(*_CONTEXT_LENGTHS),
+        max_position_embeddings=min(filter(None, map(count, _CONTEXT_LENGTHS)), default=None),
         vocab_size=count("vocab_size", "padded_vocab_size"),
         sliding_window=_window(
             value(_SIGNED_JSON, "sliding_window"), used=value(_FLAG_JSON, "use_sliding_window")

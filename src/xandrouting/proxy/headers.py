@@ -33,6 +33,8 @@ _DROPPED: Final = frozenset(
     )
 )
 
+_OURS: Final = b"x-xandrouting-"  # a gateway behind this one says the same of itself
+
 EVENT_STREAM: Final = b"text/event-stream"
 
 STREAM_HEADERS: Final[Headers] = [
@@ -48,7 +50,9 @@ EVENT_STREAM_HEADERS: Final[Headers] = [
 
 def passed_on(headers: Headers) -> Headers:
     """Return the upstream's headers that the client gets."""
-    return [pair for pair in headers if pair[0] not in _DROPPED]
+    return [
+        pair for pair in headers if pair[0] not in _DROPPED and not pair[0].startswith(_OURS)
+    ]
 
 
 # Between the client and the gateway alone, or set anew for the engine.

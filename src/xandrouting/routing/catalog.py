@@ -301,6 +301,8 @@ class Catalog:
             here = Backend.VLLM not in self._unavailable
             prefers = ModelFormat.SAFETENSORS if here else ModelFormat.GGUF
             file = names.resolve(fields.model, prefers=prefers)
+            if file.problem is not None:  # a stray file makes no folder of GGUFs useless
+                file = names.resolve(fields.model, prefers=ModelFormat.GGUF)
             backend = SERVED_BY[file.format]
         else:
             backend = Backend(asked)

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Final, NamedTuple
 
 from xandrouting.core.errors import AmbiguousModel, InvalidModelPath, ModelNotFound
+from xandrouting.core.quantization import without_quantization
 from xandrouting.inventory.model_file import (
     MAX_NAME_LENGTH,
     VIRTUAL_ROOT,
@@ -23,7 +24,6 @@ from xandrouting.inventory.model_file import (
     shown,
     stem_of,
 )
-from xandrouting.inventory.quantization import without_quantization
 
 _CHOICES_IN_MESSAGE: Final = 10
 _NEAR_MATCHES: Final = 3

@@ -1,0 +1,96 @@
+"""A download as values: what is fetched, where it lands, and what is true of the job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+
+class JobState(StrEnum):
+    """What is true of a job."""
+
+    PENDING = "pending"  # waits for its turn
+    DOWNLOADING = "downloading"
+    VERIFYING = "verifying"  # every byte is here; hashes of what an earlier run wrote are checked
+    PAUSED = "paused"  # by wish, or because the disk is full; goes on from its bytes when resumed
+    COMPLETED = "completed"  # published: the model can be loaded
+    FAILED = "failed"  # its bytes are kept, a resume tries again
+    CANCELLED = "cancelled"  # over; its bytes are kept for a job of the same files
+
+
+LIVE: Final = frozenset((JobState.PENDING, JobState.DOWNLOADING, JobState.VERIFYING))
+"""The states in which a job moves by itself."""
+
+ENDED: Final = frozenset((JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED))
+"""The states in which it is over, unless it is resumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file of a repository. Of the two hashes the hub tells one: files in LFS have `sha256`.
+
+    `blob_id` is git's: the SHA-1 of `blob SIZE\\0` and the content.
+    """
+
+    path: str  # in the repository, with slashes
+    size: int
+    sha256: str | None = None
+    blob_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be fetched, settled before the first byte: nothing of it changes later.
+
+    `destination` is a folder relative to the models directory. `load` holds the options of a
+    load that follows; None: none does.
+    """
+
+    url: str  # as it was asked for
+    endpoint: str  # of the hub, without a slash at its end
+    repo_id: str
+    commit: str
+    destination: str
+    files: tuple[RemoteFile, ...]
+    quantization: str | None = None
+    load: Mapping[str, Any] | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """All files together."""
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a job failed or paused by itself: an error's code and its words for the client."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One download at one moment. Times are wall time, seconds since 1970.
+
+    `done` is how many bytes of each file are on disk. `spent_s` is the time it was moving
+    before its last start, so that pauses do not count.
+    """
+
+    id: str
+    order: Order
+    state: JobState
+    created_at: float
+    started_at: float | None = None
+    ended_at: float | None = None
+    spent_s: float = 0.0
+    done: Mapping[str, int] = field(default_factory=dict)
+    failure: Failure | None = None
+    model: str | None = None  # its loadable id, once it is completed
+
+    @property
+    def done_bytes(self) -> int:
+        """What is on disk, all files together."""
+        return sum(self.done.values())
