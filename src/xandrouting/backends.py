@@ -22,11 +22,15 @@ LLAMACPP_COMMAND = "pip install 'xandrouting[llamacpp]'"
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    """The engines of this machine. `statuses` are by backend, as the API shows them."""
+    """The engines of this machine. `statuses` are by backend, as the API shows them.
+
+    `setups` is what else a load's figures depend on, besides the version and the options.
+    """
 
     adapters: Mapping[Backend, EngineAdapter]
     statuses: Mapping[Backend, EngineStatus]
     devices: Devices
+    setups: Mapping[Backend, str]
 
     @property
     def lacks(self) -> Mapping[Backend, Lack]:
@@ -40,7 +44,10 @@ class Backends:
     @property
     def versions(self) -> Mapping[Backend, str]:
         """What the figures of earlier loads hold for."""
-        return {backend: status.version or "" for backend, status in self.statuses.items()}
+        return {
+            backend: " ".join(filter(None, (status.version, self.setups.get(backend))))
+            for backend, status in self.statuses.items()
+        }
 
 
 def look(
@@ -97,6 +104,10 @@ def look(
             Backend.TRANSFORMERS: vllm,
         },
         devices=Devices(cuda=llamacpp_cards, vllm_cuda=vllm_cards, vllm_cpu=on_cpu),
+        setups=dict.fromkeys(
+            (Backend.VLLM, Backend.TRANSFORMERS),
+            "" if fast_start is None else f"fast_start={fast_start}",
+        ),
     )
 
 

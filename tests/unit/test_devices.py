@@ -434,7 +434,7 @@ def test_who_asks_for_more_cards_has_it_loaded_anew_and_the_rest_go_along(
     snapshot: Snapshot,
 ) -> None:
     machine = Machine(snapshot, 2)
-    first = machine.start("folder").effect
+    first = machine.start("folder", max_model_len=1024).effect
     machine.scheduler.handle(EngineReady(first.engine), now=1.0)
     machine.scheduler.handle(Release(Ticket(1)), now=1.0)
     both = machine.route("folder", tensor_parallel_size=2).spec
@@ -446,7 +446,7 @@ def test_who_asks_for_more_cards_has_it_loaded_anew_and_the_rest_go_along(
     machine.scheduler.handle(EngineReady(again.engine), now=3.0)
     # Who asks nothing takes what there is; who asks for more context keeps the cards.
     assert isinstance(machine.ask(machine.route("folder").spec)[0], Grant)
-    longer = machine.decision("folder", max_model_len=8192)
+    longer = machine.decision("folder", max_model_len=2048)
     assert (longer.verdict, longer.placement) == ("reload", ("cuda:0", "cuda:1"))
 
 

@@ -436,3 +436,20 @@ def test_the_largest_header_ends_in_time(folder: Path) -> None:
 def test_more_entries_than_can_be_are_not_decoded(folder: Path) -> None:
     write(folder, model=framed(b"," * 2_000_001))
     assert reason(folder) == "damaged: an impossible number of entries"
+
+
+@pytest.mark.parametrize(
+    ("said", "stretches"),
+    [
+        ({}, False),
+        ({"rope_scaling": None}, False),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, True),
+        ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}, False),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, True),
+        ({"model_max_length": 131_072}, True),
+    ],
+)
+def test_whether_a_longer_context_may_do(
+    folder: Path, said: dict[str, Any], stretches: bool
+) -> None:
+    assert with_config(folder, **said).stretches is stretches

@@ -32,6 +32,7 @@ from xandrouting.core.events import (
     Acquire,
     Effect,
     EngineExited,
+    EngineLost,
     EngineReady,
     EngineSlept,
     Event,
@@ -376,6 +377,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not hopeless
 
     @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 9))
+    def be_lost(self, pick: int) -> None:
+        """It crashed, and its end takes a while: it is lent to nobody meanwhile."""
+        life = _one_of(list(self.live.values()), pick)
+        if not life.loading:
+            life.stopped = life.closed = True
+        self._send(EngineLost(life.id))
+
+    @precondition(lambda self: self.live)
     @rule(pick=st.integers(0, 9), force=st.booleans())
     def unload(self, pick: int, force: bool) -> None:
         life = _one_of(list(self.live.values()), pick)
@@ -388,12 +398,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.born)
     @rule(
         pick=st.integers(0, 9),
-        news=st.sampled_from([EngineReady, EngineSlept, SleepFailed, EngineExited, Unload]),
+        news=st.sampled_from(
+            [EngineReady, EngineSlept, SleepFailed, EngineLost, EngineExited, Unload]
+        ),
     )
     def old_news(
         self,
         pick: int,
-        news: type[EngineReady | EngineSlept | SleepFailed | EngineExited | Unload],
+        news: type[EngineReady | EngineSlept | SleepFailed | EngineLost | EngineExited | Unload],
     ) -> None:
         key = _one_of(self.born, pick)
         gone = self.born[key] - (key in self.live)

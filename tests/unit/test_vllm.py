@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.scheduling import gib
-from xandrouting.core.errors import EngineDied, UnsupportedByEngine
+from xandrouting.core.errors import EngineDied, InvalidRequest, UnsupportedByEngine
 from xandrouting.core.model import (
     Backend,
     EngineSpec,
@@ -229,16 +229,16 @@ def test_what_is_asked_of_a_card_means_nothing_without_one() -> None:
         n_gpu_layers=3,
         n_parallel=2,
         gpu_memory_utilization=0.5,
-        max_model_len=99_999,
+        max_model_len=9_999,
         tensor_parallel_size=2,
         embeddings=True,
         cache_type_k="q8_0",
     )
-    assert ADAPTER.settle(asked, FACTS, "cpu") == LoadOptions(n_parallel=2, max_model_len=99_999)
+    assert ADAPTER.settle(asked, FACTS, "cpu") == LoadOptions(n_parallel=2, max_model_len=9_999)
     for device in ("cuda", "cuda:1"):
         assert ADAPTER.settle(asked, FACTS, device) == LoadOptions(
             n_parallel=2,
-            max_model_len=99_999,
+            max_model_len=9_999,
             gpu_memory_utilization=0.5,
             tensor_parallel_size=2,
         )
@@ -356,3 +356,14 @@ def test_what_an_error_answer_means(
     if isinstance(found, UnsupportedByEngine):
         assert "/v1/embeddings" in found.message
         assert next(iter(error.values())) in found.message
+
+
+@pytest.mark.parametrize(("stretches", "refused"), [(False, True), (True, False)])
+def test_a_context_beyond_the_model_s_own(stretches: bool, refused: bool) -> None:
+    """vLLM would refuse it too, once the engine that runs was ended for it."""
+    facts, asked = replace(FACTS, stretches=stretches), LoadOptions(max_model_len=16_385)
+    if not refused:
+        assert ADAPTER.settle(asked, facts, "cpu").max_model_len == 16_385
+        return
+    with pytest.raises(InvalidRequest, match="16385 is more than the model's own context of 16384"):
+        ADAPTER.settle(asked, facts, "cpu")

@@ -91,7 +91,7 @@ def _end(message: str) -> typing.NoReturn:
 
 def _say_hello(gateway: Gateway, url: str, *, with_key: bool) -> None:
     """Print a first request that works when pasted, if there is a model to ask."""
-    models = [m for m in gateway.inventory.snapshot.models if m.problem is None]
+    models = [model for model in gateway.inventory.snapshot.models if gateway.serves(model)]
     if not models:
         typer.echo("No model yet: put a .gguf file into the models directory.", err=True)
         return

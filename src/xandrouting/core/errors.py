@@ -137,10 +137,10 @@ class NoSuchQuantization(GatewayError):
     status, error_type, code = 400, "invalid_request_error", "no_such_quantization"
 
 
-class AmbiguousQuantization(GatewayError):
+class AmbiguousDownload(GatewayError):
     """Several models of the repository fit; `details["choices"]` lists them."""
 
-    status, error_type, code = 400, "invalid_request_error", "ambiguous_quantization"
+    status, error_type, code = 400, "invalid_request_error", "ambiguous_download"
 
 
 class NothingToDownload(GatewayError):

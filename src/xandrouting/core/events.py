@@ -80,6 +80,13 @@ class SleepFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLost:
+    """The engine serves no more and is on its way out; its memory still counts."""
+
+    engine: EngineId
+
+
+@dataclass(frozen=True, slots=True)
 class EngineExited:
     """The engine's process tree is gone. `failure` says why it never became ready."""
 
@@ -134,6 +141,7 @@ Event: TypeAlias = (
     | EngineReady
     | EngineSlept
     | SleepFailed
+    | EngineLost
     | EngineExited
     | Unload
     | Pin

@@ -34,6 +34,7 @@ from xandrouting.core.events import (
     Acquire,
     Effect,
     EngineExited,
+    EngineLost,
     EngineReady,
     EngineSlept,
     Event,
@@ -127,6 +128,8 @@ class Scheduler:
                 self._slept(event, now, effects)
             case SleepFailed():
                 self._sleep_failed(event, now, effects)
+            case EngineLost():
+                self._lost(event.engine, now, effects)
             case EngineExited():
                 self._exited(event, now, effects)
             case Unload():
@@ -343,6 +346,14 @@ class Scheduler:
             self._stop(engine, "sleep_failed", effects)
         else:
             self._put_to_sleep(engine, rung, now, effects)
+
+    def _lost(self, engine_id: EngineId, now: float, effects: list[Effect]) -> None:
+        engine = self._current(engine_id)
+        if engine is None or engine.state in (EngineState.STARTING, EngineState.STOPPING):
+            return  # it is lent to nobody
+        engine.state = step(engine.state, EngineEvent.STOP)
+        engine.idle_since = None
+        self._advance(now, effects)
 
     def _exited(self, event: EngineExited, now: float, effects: list[Effect]) -> None:
         engine = self._current(event.engine)

@@ -39,6 +39,7 @@ class ModelFacts:
 
     size_bytes: int
     context_length: int | None = None
+    stretches: bool = False  # a context beyond that may do, which only the engine can tell
     layers: int | None = None
     pooling: bool = False  # the file says how to pool: a model made for embeddings or ranking
     architecture: str | None = None
@@ -174,7 +175,11 @@ class EngineAdapter(Protocol):
         """Return the plan of a process that waits for any model's order; None: there is none."""
 
     def settle(self, wants: LoadOptions, facts: ModelFacts, device: str) -> LoadOptions:
-        """Return `wants` in the engine's own terms: "the model's own" as a number, and so on."""
+        """Return `wants` in the engine's own terms: "the model's own" as a number, and so on.
+
+        Raises:
+            InvalidRequest: no engine of this model can have them.
+        """
 
     def defaults(self, facts: ModelFacts, device: str) -> LoadOptions:
         """Return what an engine is started with where nobody asked."""

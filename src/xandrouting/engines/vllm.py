@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from xandrouting.core.errors import EngineDied, GatewayError, UnsupportedByEngine
+from xandrouting.core.errors import EngineDied, GatewayError, InvalidRequest, UnsupportedByEngine
 from xandrouting.core.model import (
     Backend,
     Cost,
@@ -105,12 +105,22 @@ class Vllm:
         """Return the plan of a process that has imported vLLM and waits; None: none is wanted."""
         return self._launch_plan([], []) if self._setup.waiter else None
 
-    def settle(self, wants: LoadOptions, facts: ModelFacts, device: str) -> LoadOptions:  # noqa: ARG002
+    def settle(self, wants: LoadOptions, facts: ModelFacts, device: str) -> LoadOptions:
         """Return what vLLM knows of `wants`; of a card only where there is one.
 
-        A model answers for vectors or for text, as it was made: nobody can ask for that. A
-        context longer than the model's own is vLLM's to judge.
+        A model answers for vectors or for text, as it was made: nobody can ask for that.
+
+        Raises:
+            InvalidRequest: the context is longer than the model's own. vLLM would say so too,
+                but the engine that runs would have been ended for it.
         """
+        asked, own = wants.max_model_len, facts.context_length
+        if asked is not None and own is not None and asked > own and not facts.stretches:
+            raise InvalidRequest(
+                f"max_model_len {asked} is more than the model's own context of {own} tokens. "
+                "Ask for at most that.",
+                param="max_model_len",
+            )
         on_cpu = device == "cpu"
         return LoadOptions(
             n_parallel=wants.n_parallel,

@@ -43,6 +43,7 @@ _HIDDEN_BUFFERS: Final = 4
 _INTERMEDIATE_BUFFERS: Final = 3
 # Not measured here: logits and their sorted copy, order, softmax and sum, as the sampler makes.
 _BYTES_PER_LOGIT: Final = 24
+_UNKNOWN_CACHE_BYTES: Final = 1 << 30
 # What every sequence but one is given of the KV cache. They share it by the block, so a few
 # long ones beside short ones fit too; when it runs out, vLLM lets one wait.
 USUAL_TOKENS: Final = 2048
@@ -101,7 +102,13 @@ class VllmCost:
         return Footprint(host=Terms(overhead=processes + workers), device=engine, start_s=start_s)
 
     def cache_bytes(self, max_model_len: int, concurrency: int) -> int:
-        """Return a KV cache for one sequence of `max_model_len` tokens beside usual ones."""
+        """Return a KV cache for one sequence of `max_model_len` tokens beside usual ones.
+
+        Where the config does not say what a token takes, a guess: without any size vLLM would
+        take a share of the whole device.
+        """
+        if not self.reads_whole and (self._group_layers() == 0 or self.kv_values == 0):
+            return _UNKNOWN_CACHE_BYTES
         longest = self.kv_bytes(max_model_len, 1)
         usual = min(max_model_len, USUAL_TOKENS)
         one_more = self.kv_bytes(usual, 2) - self.kv_bytes(usual, 1)

@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
 from xandrouting.core.errors import EngineStartFailed, GatewayError
-from xandrouting.core.events import EngineExited, EngineReady, EngineSlept
+from xandrouting.core.events import EngineExited, EngineLost, EngineReady, EngineSlept
 from xandrouting.core.model import LaunchPlan, Level, StartFailure
 from xandrouting.launch.base import Handle
 from xandrouting.net.client import Client
@@ -84,6 +84,7 @@ class Life:
                 plan = again
                 await _unless_stopped(engine, self._load(handle, plan))
                 self._became_ready()
+            self._shell.dispatch(EngineLost(engine.id))
         except _StopAsked:
             pass
         except (StartError, CallFailed) as error:

@@ -51,6 +51,7 @@ def _of_folder(size_bytes: int, model: FolderModel) -> ModelFacts:
     return ModelFacts(
         size_bytes,
         context_length=shape.max_position_embeddings,
+        stretches=shape.stretches,
         layers=shape.num_hidden_layers,
         pooling=model.pooling,
         architecture=shape.architectures[0] if shape.architectures else None,
