@@ -73,7 +73,7 @@ def install() -> VllmInstall:
     """Return the vLLM that the gateway will find too."""
     found = find_vllm(os.environ, beside=[Path(FOLDER)])
     if isinstance(found, Missing):
-        raise BenchError(f"{found.reason}: run `make vllm`")
+        raise BenchError(f"{found.reason}: run `{found.command}`")
     return found
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.fakes.loop import virtual_time
 from xandrouting.core.errors import (
+    EngineDied,
     EngineError,
     EngineRejected,
     GatewayError,
@@ -138,6 +139,7 @@ async def forward(
 ) -> None:
     """Forward one request; the response is given up whatever happens."""
     answer = answer or Answer(got.send, [(b"x-request-id", b"1")])
+    explain = more.get("explain", no_words)
     try:
         response = await ask(
             cast("Client", upstream),
@@ -146,10 +148,11 @@ async def forward(
             method=more.get("method", b"POST"),
             headers=b"content-type: application/json\r\n",
             name="The engine of qwen",
-            explain=more.get("explain", no_words),
+            explain=explain,
         )
         on_whole = more.get("on_whole", lambda: None)
-        await relay(response, answer, name="The engine of qwen", on_whole=on_whole)
+        name = "The engine of qwen"
+        await relay(response, answer, name=name, explain=explain, on_whole=on_whole)
     finally:
         assert upstream.wire.finished == (upstream.error is None)
         assert [m.get("more_body", True) for m in got.messages[:-1]] == [True] * len(
@@ -570,3 +573,21 @@ async def test_one_that_falls_silent() -> None:
     with pytest.raises(UpstreamTimeout, match=r"^The engine of qwen was given up: nothing came"):
         await forward(upstream, got)
     assert got.pieces == [b"data: a\n\n"]
+
+
+@virtual_time
+async def test_an_error_in_a_stream_is_told_in_the_adapter_s_words() -> None:
+    def explain(status: int, error: Mapping[str, Any]) -> GatewayError | None:
+        assert (status, error["message"]) == (500, "EngineDeadError")
+        return EngineDied("gone")
+
+    failure = b'data: {"error":{"message":"EngineDeadError"}}\n\n'
+    with pytest.raises(EngineDied):
+        await forward(Upstream(b"data: a\n\n", failure), Got(), explain=explain)
+
+
+@virtual_time
+async def test_an_answer_that_is_passed_on_raw_keeps_its_errors() -> None:
+    failure, got = b'data: {"error":{"message":"x"}}\n\n', Got()
+    await forward(Upstream(failure, (0.5, END)), got, explain=None)
+    assert b"".join(got.pieces) == failure

@@ -18,8 +18,10 @@ from xandrouting.pool.probe import (
     MOVED_BYTES,
     POLL_MAX_S,
     Health,
+    Illness,
     StartError,
     http_health,
+    until_ill,
     until_ready,
 )
 
@@ -269,3 +271,55 @@ async def test_an_engine_that_takes_questions_and_never_answers_stalls() -> None
         await until_ready(handle, WITH_LINE, client, stall_s=30.0, health=http_health)
     assert caught.value.failure is StartFailure.STALLED
     assert 30.0 <= now() <= 31.0 + ANSWER_S + POLL_MAX_S
+
+
+# Ill.
+
+
+class Answers:
+    """A client whose GETs are answered with these in turn; the last one for ever."""
+
+    def __init__(self, *answers: int | Exception) -> None:
+        self._answers = list(answers)
+
+    async def get(self, path: bytes) -> tuple[int, bytes]:
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer, b""
+
+
+def refused() -> ConnectError:
+    error = ConnectError("connection refused")
+    error.__cause__ = ConnectionRefusedError()
+    return error
+
+
+WATCHED = LaunchPlan(health_every_s=0.5)
+SILENT = UpstreamError("cut", began=False)
+
+
+@pytest.mark.parametrize(
+    ("answers", "illness", "at_s"),
+    [
+        ((200, 200, 503), Illness.SICK, 1.5),
+        ((200, refused(), refused()), Illness.DEAF, 1.5),
+        ((refused(), 200, refused(), refused()), Illness.DEAF, 2.0),  # one refusal is nothing
+        ((ConnectError("slow"), SILENT, TimeoutError(), 404, 500), Illness.SICK, 2.5),
+    ],
+)
+@virtual_time
+async def test_what_makes_an_engine_ill(
+    answers: tuple[int | Exception, ...], illness: Illness, at_s: float
+) -> None:
+    found = await until_ill(cast("Client", Answers(*answers)), WATCHED)
+    assert found is illness
+    assert now() == pytest.approx(at_s)
+
+
+@pytest.mark.parametrize("plan", [LaunchPlan(), WATCHED])
+@virtual_time
+async def test_a_healthy_engine_is_never_ill(plan: LaunchPlan) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(3600):
+            await until_ill(cast("Client", Answers(200)), plan)

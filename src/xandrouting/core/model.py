@@ -235,6 +235,7 @@ class LaunchPlan:
     waiting_line: str = ""
     stop_grace_s: float = 1.0  # from SIGTERM to SIGKILL; the gateway has drained before
     health_every_s: float | None = None  # how often one that runs is asked; None: its exit tells
+    drain_s: float = 0.0  # how long one that somebody else told to end may go on with its work
     base_url: str | None = None
 
 

@@ -43,6 +43,7 @@ POOLING: Final = "--runner=pooling"
 STOP_GRACE_S: Final = 0.0
 # It tells by itself that its engine core or a worker has died, and then takes 2 s to end.
 HEALTH_EVERY_S: Final = 0.5
+LAST_WORDS_S: Final = 5.0  # from the end of its drain to its own
 _SHARE_STEP: Final = 1000  # the share of the card is told in thousandths, rounded up
 _DEAD: Final = ("EngineDeadError", "EngineCore", "engine is dead")
 
@@ -246,6 +247,7 @@ class Vllm:
             order="" if waiter is None else json.dumps({"argv": argv, "env": dict(env)}),
             stop_grace_s=STOP_GRACE_S,
             health_every_s=HEALTH_EVERY_S,
+            drain_s=self._setup.drain_s + LAST_WORDS_S,
         )
 
     def _is_eager(self, *, on_cpu: bool) -> bool:

@@ -33,7 +33,7 @@ from xandrouting.inventory.inventory import Inventory
 from xandrouting.net.client import Response
 from xandrouting.pool.engine import Engine
 from xandrouting.pool.pool import Claim, EnginePool
-from xandrouting.proxy.forward import Answer, Send, ask, check_foreign, relay
+from xandrouting.proxy.forward import Answer, Explain, Send, ask, check_foreign, relay
 from xandrouting.proxy.headers import EVENT_STREAM_HEADERS
 from xandrouting.proxy.request import BodyParser, Chat, Inference, Routing, body_for
 from xandrouting.proxy.sse import comment
@@ -265,16 +265,19 @@ class EngineCall(ABC):
             engine = claim.engine or await self._wait(claim, stream=asked.stream)
             self._tell(claim, engine, route)
             name = f"The {'engine of' if claim.key.is_local else 'upstream'} {claim.key.model}"
-            response = await self._ask(asked, engine, name)
+            explain = None if asked.raw else partial(_explained, engine, self._scope["path"])
+            response = await self._ask(asked, engine, name, explain)
             self._body = b""
             # A client may ask for another model as soon as it has its answer.
-            await relay(response, self._answer, name=name, on_whole=claim.release)
+            await relay(response, self._answer, name=name, explain=explain, on_whole=claim.release)
         finally:
             claim.release()
 
-    async def _ask(self, asked: Exchange, engine: Engine, name: str) -> Response:
+    async def _ask(
+        self, asked: Exchange, engine: Engine, name: str, explain: Explain | None
+    ) -> Response:
         """Ask the engine, and another's server with what that takes: see `Upstreams.reach`."""
-        api, path, key = self._api, self._scope["path"], asked.route.spec.key
+        api, key = self._api, asked.route.spec.key
         client = engine.client
         assert client is not None  # a granted engine listens
         ask_once = partial(
@@ -285,9 +288,7 @@ class EngineCall(ABC):
             method=asked.method,
             headers=asked.headers,
             name=name,
-            explain=None
-            if asked.raw
-            else lambda status, error: engine.adapter.explain(status, error, path),
+            explain=explain,
         )
         if key.is_local:
             return await ask_once()
@@ -388,6 +389,12 @@ class EngineCall(ABC):
         if 0 < len(value) <= MAX_REQUEST_ID and value.isascii():
             return value
         return self._api.request_id()
+
+
+def _explained(
+    engine: Engine, path: str, status: int, error: Mapping[str, Any]
+) -> GatewayError | None:
+    return engine.adapter.explain(status, error, path)
 
 
 def _labelled(engine: Engine, route: Route) -> bytes:

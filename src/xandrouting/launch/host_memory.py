@@ -18,7 +18,7 @@ import psutil
 from xandrouting.core.model import HOST, DeviceReading, MemoryUse
 
 ROOT: Final = Path("/")
-KEPT_FOR_COSTS: Final = 20  # how often a figure's own CPU time passes before it is read again
+KEPT_FOR_COSTS: Final = 200  # how often a figure's own CPU time passes before it is read again
 
 _KIB_FIELD: Final = re.compile(rb"^(\w+):\s+(\d+) kB$", re.MULTILINE)
 _OOM_KILLS: Final = re.compile(rb"^oom_kill (\d+)$", re.MULTILINE)

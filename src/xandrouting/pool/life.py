@@ -18,7 +18,7 @@ from xandrouting.pool.engine import Engine, EngineNews, News
 from xandrouting.pool.failures import start_error
 from xandrouting.pool.kind import Kind
 from xandrouting.pool.parking import SavedSlot
-from xandrouting.pool.probe import StartError, until_ready, until_sick
+from xandrouting.pool.probe import Illness, StartError, until_ill, until_ready
 from xandrouting.pool.shell import Shell
 from xandrouting.pool.sleeping import CallFailed, Sleeper
 
@@ -130,19 +130,27 @@ class Life:
         """Wait until the engine shall sleep; False: it has exited, or cannot serve any more."""
         engine = self._engine
         assert engine.client is not None  # it is ready
-        asking, sickening = engine.sleep_asked.wait(), until_sick(engine.client, plan)
+        asking, falling_ill = engine.sleep_asked.wait(), until_ill(engine.client, plan)
         async with (
             beside(handle.exited()) as exited,
             beside(asking) as asked,
-            beside(sickening) as sick,
+            beside(falling_ill) as ill,
         ):
-            await asyncio.wait({exited, asked, sick}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({exited, asked, ill}, return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
                 self._log_exit(handle)
-            elif sick.done():
-                log.warning("engine is sick and is ended engine=%s", engine.id)
-                engine.forced = True  # nothing it has begun will come to an end
-            return not exited.done() and not sick.done()
+            elif ill.done():
+                await self._give_up(exited, ill.result(), plan)
+            return not exited.done() and not ill.done()
+
+    async def _give_up(self, exited: asyncio.Task[int], illness: Illness, plan: LaunchPlan) -> None:
+        """Lend the engine to nobody any more; what it has begun may end, if it can."""
+        engine = self._engine
+        log.warning("engine is ill and ends engine=%s illness=%s", engine.id, illness.name.lower())
+        self._shell.dispatch(EngineLost(engine.id))
+        if illness is Illness.DEAF:
+            await asyncio.wait({exited}, timeout=plan.drain_s)
+        engine.forced = True
 
     async def _sleep(self, handle: Handle, plan: LaunchPlan) -> LaunchPlan | None:
         """Let the engine sleep; return how it goes on when it is woken. None: it shall end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from enum import Enum, auto
 from typing import Final, Protocol
 
 from xandrouting.core.model import LaunchPlan, StartFailure
@@ -13,6 +14,7 @@ from xandrouting.pool.beside import beside
 POLL_FIRST_S: Final = 0.01
 POLL_MAX_S: Final = 0.25
 ANSWER_S: Final = 5.0  # an engine that takes longer to say how it is, is not ready
+REFUSALS: Final = 2  # in a row: one may be its end, which is told otherwise
 MEASURE_EVERY_S: Final = 1.0
 MOVED_BYTES: Final = 1 << 20  # memory that grew by less has not moved
 
@@ -45,25 +47,35 @@ async def http_health(client: Client, plan: LaunchPlan) -> bool:
     return status == 200
 
 
-async def until_sick(client: Client, plan: LaunchPlan) -> None:
-    """Return once a running engine says that it cannot serve any more.
+class Illness(Enum):
+    """Why a running engine can take no more requests."""
 
-    Only a server error counts: one that is slow to answer is busy, and one that nobody
-    listens for is about to exit, which is told otherwise. Without `health_every_s` it never
-    returns.
+    SICK = auto()  # it says so: nothing it has begun will come to an end
+    DEAF = auto()  # nobody listens there, though it lives: somebody has told it to end
+
+
+async def until_ill(client: Client, plan: LaunchPlan) -> Illness:
+    """Return once a running engine cannot take requests any more.
+
+    One that is slow to answer is only busy. Without `health_every_s` it never returns.
     """
     if plan.health_every_s is None:
-        await asyncio.get_running_loop().create_future()
-        return
-    while True:
+        never: asyncio.Future[Illness] = asyncio.get_running_loop().create_future()
+        return await never
+    refusals = 0
+    while refusals < REFUSALS:
         await asyncio.sleep(plan.health_every_s)
         try:
             async with asyncio.timeout(ANSWER_S):
                 status, _ = await client.get(plan.health_path.encode())
-        except (UpstreamError, TimeoutError):
+        except (UpstreamError, TimeoutError) as error:
+            refused = isinstance(error.__cause__, ConnectionRefusedError)
+            refusals = refusals + 1 if refused else 0
             continue
+        refusals = 0
         if status >= 500:
-            return
+            return Illness.SICK
+    return Illness.DEAF
 
 
 async def until_ready(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -152,7 +153,12 @@ def _host(location: bytes) -> str:
 
 
 async def relay(
-    response: Response, answer: Answer, *, name: str, on_whole: Callable[[], None]
+    response: Response,
+    answer: Answer,
+    *,
+    name: str,
+    explain: Explain | None,
+    on_whole: Callable[[], None],
 ) -> None:
     """Send the engine's answer on to the client, and close it however this ends.
 
@@ -165,7 +171,9 @@ async def relay(
         UpstreamTimeout: it was silent for longer than it may be.
     """
     try:
-        await _relay(response, answer, name, on_whole)
+        await _relay(
+            response, answer, None if explain is None else partial(_failed, name, explain), on_whole
+        )
     except UpstreamError as error:
         raise _died(name, error) from error
     finally:
@@ -173,7 +181,10 @@ async def relay(
 
 
 async def _relay(
-    response: Response, answer: Answer, name: str, on_whole: Callable[[], None]
+    response: Response,
+    answer: Answer,
+    failed: Callable[[bytes], GatewayError] | None,
+    on_whole: Callable[[], None],
 ) -> None:
     """Send the answer on, events whole and each as soon as it is there."""
     kind = response.header(b"content-type") or b""
@@ -189,11 +200,11 @@ async def _relay(
         data = response.take()
         if events:
             data, held = split_events(held + data if held else data)
-            data, failure = split_error(data)
-            if failure:
+            data, failure = (data, b"") if failed is None else split_error(data)
+            if failed is not None and failure:
                 if data:
                     await answer.body(data)
-                raise _failed(failure, name)
+                raise failed(failure)
             if data.endswith(DONE):
                 await answer.body(data, last=True)
                 on_whole()
@@ -208,11 +219,12 @@ async def _relay(
     await answer.body(held + b"\n\n" if held else b"", last=True)
 
 
-def _failed(events: bytes, name: str) -> EngineError:
+def _failed(name: str, explain: Explain, events: bytes) -> GatewayError:
     """Return the error of a stream that goes on to its end after it, and even says [DONE]."""
-    event = events.partition(b"\n")[0].removeprefix(b"data: ")
-    message = _error_object(event).get("message")
-    return EngineError(f"{name} failed: {message or 'it did not say why'}")
+    event = events.partition(b"\n")[0].removeprefix(b"data:")
+    error = _error_object(event)
+    known = explain(500, error)
+    return known or EngineError(f"{name} failed: {error.get('message') or 'it did not say why'}")
 
 
 async def _finish(response: Response) -> None:
