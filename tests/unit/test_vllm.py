@@ -82,7 +82,7 @@ def test_on_the_processor() -> None:
         "--disable-uvicorn-access-log",
         "--shutdown-timeout=10",
         "--max-num-seqs=4",
-        "--max-num-batched-tokens=2048",
+        "--max-num-batched-tokens=512",
         "--max-model-len=2048",
         # A block of 128 tokens takes 2,949,120 bytes: 16 for each of the four, and one of its own.
         f"--kv-cache-memory-bytes={(4 * 16 + 1) * 2_949_120}",
@@ -99,6 +99,7 @@ def test_on_the_processor() -> None:
         ("TMPDIR", "{scratch}"),
         ("VLLM_CACHE_ROOT", "/data/vllm"),
         ("TORCHINDUCTOR_CACHE_DIR", "/data/vllm/inductor"),
+        ("TORCHDYNAMO_DISABLE", "1"),
         ("CUDA_VISIBLE_DEVICES", ""),
         ("VLLM_CPU_OMP_THREADS_BIND", "{cores}"),
     )
@@ -274,6 +275,7 @@ def test_the_cost_is_of_what_the_folder_says() -> None:
         context_length=16_384,
         on_cpu=True,
         eager=True,
+        batched_tokens=512,
     )
     assert Vllm(ON_CARDS).cost(FACTS, "cuda").card_bytes == gib(24)  # type: ignore[attr-defined]
     untold = ADAPTER.cost(ModelFacts(size_bytes=1), "cpu")

@@ -9,7 +9,7 @@ import pytest
 from xandrouting.core.cover import fill
 from xandrouting.core.model import Backend, EngineSpec, LoadOptions, ModelKey
 from xandrouting.engines.base import ModelFacts
-from xandrouting.engines.vllm import BATCHED_TOKENS, LONGEST_CPU, POOLING, Vllm, VllmSetup
+from xandrouting.engines.vllm import BATCHED_CPU, LONGEST_CPU, POOLING, Vllm, VllmSetup
 
 ADAPTER = Vllm(VllmSetup("vllm", waiter=None, cache_folder="/data/vllm", drain_s=1.0))
 BERT = ModelFacts(
@@ -43,18 +43,18 @@ def argv(facts: ModelFacts, device: str = "cpu", **wants: int) -> tuple[str, ...
 def test_a_batch_holds_the_longest_text() -> None:
     assert {POOLING, "--max-model-len=8192", "--max-num-batched-tokens=8192"} <= {*argv(BERT)}
     assert "--max-num-batched-tokens=4096" in argv(BERT, max_model_len=4096)
-    assert f"--max-num-batched-tokens={BATCHED_TOKENS}" in argv(BERT, max_model_len=512)
+    assert f"--max-num-batched-tokens={BATCHED_CPU}" in argv(BERT, max_model_len=512)
 
 
 def test_it_is_reckoned_with() -> None:
     cost = ADAPTER.cost(BERT, "cpu")
     compute = [
         cost.footprint(LoadOptions(max_model_len=length, n_parallel=1)).host.compute
-        for length in (512, 2048, 8192)
+        for length in (256, 512, 8192)
     ]
     assert compute[0] == compute[1]
     per_token = (4 * 768 + 3 * 3072) * 2
-    assert compute[2] - compute[1] == (8192 - 2048) * per_token
+    assert compute[2] - compute[1] == (8192 - 512) * per_token
 
 
 def test_a_long_one_is_not_taken_for_granted_on_a_card() -> None:

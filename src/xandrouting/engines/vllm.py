@@ -35,9 +35,16 @@ SEQUENCES_CPU: Final = 8
 SEQUENCES_GPU: Final = 16
 LONGEST_CPU: Final = 8192  # tokens, where nobody asks: the KV cache is taken whole at the start
 LONGEST_GPU: Final = 32_768
-BATCHED_TOKENS: Final = 2048  # what `VllmCost` reckons with
+# What `VllmCost` reckons with. A batch that has begun is not broken off: on a CPU one of 2,048
+# tokens kept an engine busy for 2.8 s after its client had left, and 512 read as fast.
+BATCHED_CPU: Final = 512
+BATCHED_GPU: Final = 2048
 # Its own choice for them, said so that it is ours too: they make vectors or scores of texts.
 POOLING: Final = "--runner=pooling"
+EAGER: Final = "--enforce-eager"
+# It compiles what makes logprobs all the same: 1.5 s of the first request for some, on a machine
+# with nothing else to do.
+EAGER_ENV: Final = (("TORCHDYNAMO_DISABLE", "1"),)
 # Once drained it has nothing to lose, and takes 3 s to end by itself; killed it is gone at once,
 # and the guard sees to what it leaves.
 STOP_GRACE_S: Final = 0.0
@@ -154,7 +161,7 @@ class Vllm:
             context_length=facts.context_length or LONGEST_CPU,
             on_cpu=on_cpu,
             eager=self._is_eager(on_cpu=on_cpu),
-            batched_tokens=BATCHED_TOKENS,
+            batched_tokens=BATCHED_CPU if on_cpu else BATCHED_GPU,
             reads_whole=_pools(facts),
             card_bytes=self._setup.card_bytes,
         )
@@ -169,8 +176,10 @@ class Vllm:
     ) -> LaunchPlan:
         """Return `vllm serve` with these options; `options` must be settled and filled."""
         on_cpu, length = not placement, options.max_model_len
+        eager = self._is_eager(on_cpu=on_cpu)
         sleeps = bool(self.sleep.levels_on(spec.key.device)) and self._setup.sleeps
-        batched = batch_tokens(BATCHED_TOKENS, length or 0, whole=POOLING in spec.flags)
+        usual = BATCHED_CPU if on_cpu else BATCHED_GPU
+        batched = batch_tokens(usual, length or 0, whole=POOLING in spec.flags)
         argv = [
             self._setup.program,
             "serve",
@@ -185,12 +194,16 @@ class Vllm:
             f"--max-num-batched-tokens={batched}",
             *([] if length is None else [f"--max-model-len={length}"]),
             *self._memory(spec, options, placement),
-            *(["--enforce-eager"] if self._is_eager(on_cpu=on_cpu) else []),
+            *([EAGER] if eager else []),
             *([SLEEP_FLAG] if sleeps else []),
             *(["--model-impl=transformers"] if self.backend is Backend.TRANSFORMERS else []),
             *spec.flags,
         ]
-        env = [*(SLEEP_ENV if sleeps else ()), *self._devices(placement)]
+        env = [
+            *(SLEEP_ENV if sleeps else ()),
+            *(EAGER_ENV if eager and on_cpu else ()),
+            *self._devices(placement),
+        ]
         return self._launch_plan(argv, env)
 
     def flags(self, facts: ModelFacts) -> tuple[str, ...]:
