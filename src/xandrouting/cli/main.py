@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 
 from xandrouting import __version__
-from xandrouting.app import CannotStart, Gateway, listen, run
+from xandrouting.app import CannotStart, Gateway
 from xandrouting.cli import engines
+from xandrouting.server import listen, run
 from xandrouting.settings import Settings
 
 app = typer.Typer(
