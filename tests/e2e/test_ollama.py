@@ -23,7 +23,8 @@ LLAMA = "ollama/llama3.2:latest"
 @pytest.fixture(scope="module")
 def there() -> Iterator[Ollama]:
     names = {"llama3.2:latest": 2 * GIB, "qwen2.5:7b": 5 * GIB, "user/tiny:latest": GIB}
-    with ollama(models=names) as fake:
+    names["nomic-embed:latest"] = GIB
+    with ollama(models=names, embedders=frozenset({"nomic-embed:latest"})) as fake:
         yield fake
 
 
@@ -47,6 +48,7 @@ def test_its_models_are_listed(server: Server) -> None:
         LLAMA,
         "ollama/qwen2.5:7b",
         "ollama/user/tiny:latest",
+        "ollama/nomic-embed:latest",
     }
     item = listed[LLAMA]
     assert item == item | {
@@ -144,6 +146,19 @@ def test_ttl_0_is_for_ever(server: Server, there: Ollama) -> None:
     assert (item["ttl"], item["ttl_remaining"], item["expires_at"]) == (0, None, None)
     server.load("ollama/llama3.2")
     assert "keep_alive" not in there.web.posts()[-1].json
+
+
+def test_load_of_a_model_for_embeddings(server: Server, there: Ollama) -> None:
+    item = server.load("ollama/nomic-embed", ttl=60)
+    assert (item["path"], item["state"]) == ("ollama/nomic-embed:latest", "ready")
+    assert there.web.posts()[-1].json["keep_alive"] == 60
+    assert ok(server.unload("ollama/nomic-embed"))["count"] == 1
+
+
+def test_the_case_of_a_name_does_not_matter(server: Server) -> None:
+    assert server.load("ollama/LLaMA3.2")["path"] == LLAMA
+    assert ok(server.get("/v1/models/ollama/Llama3.2"))["id"] == LLAMA
+    assert ok(server.unload("ollama/LLAMA3.2"))["count"] == 1
 
 
 def test_load_that_cannot_be(server: Server) -> None:

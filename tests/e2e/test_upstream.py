@@ -143,7 +143,7 @@ def test_routing_fields_are_cut_and_the_rest_is_sent_on(server: Server) -> None:
 def test_key_of_the_upstream_is_sent_and_the_clients_is_not(server: Server) -> None:
     mine = {"authorization": f"Bearer {KEY}"}
     body = {"model": "open/m", "messages": [{"role": "user", "content": "Hi"}]}
-    error_of(server.post("/v1/chat/completions", body, headers=mine), 401, "engine_rejected")
+    error_of(server.post("/v1/chat/completions", body, headers=mine), 502, "upstream_refuses_key")
     assert ok(server.chat(model="fake/m"))
 
 

@@ -3,7 +3,8 @@
 Written from docs/api.md (as of commit 01e52d2), docs/openapi.yaml (017eb8a) and docs/openai.md
 (000ce02) of ollama/ollama: `/api/tags`, `/api/ps`, `/api/version`, `/api/show`, `/api/generate`
 to load (without a prompt) and to unload (`keep_alive: 0`), and the OpenAI side of it. A model
-that is asked for is loaded first, as there, and then stays for `keep_alive`.
+that is asked for is loaded first, as there, and then stays for `keep_alive`. Models for embeddings
+and the case of names are as server/routes.go (0018813) has them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Ollama:
     """
 
     models: dict[str, int] = field(default_factory=lambda: {"llama3.2:latest": 2 * GIB})
+    embedders: frozenset[str] = frozenset()  # those of them that generate nothing
     running: dict[str, datetime] = field(default_factory=dict)
     load_s: float = 0.0
     busy_s: float = 0.0
@@ -65,6 +67,8 @@ class Ollama:
                 self._show(call, asked.json)
             case "POST", "/api/generate":
                 self._generate(call, asked.json)
+            case "POST", "/api/embed":
+                self._load_embedder(call, asked.json)
             case "POST", "/v1/chat/completions":
                 self._chat(call, asked.json)
             case "POST", "/v1/completions":
@@ -124,8 +128,16 @@ class Ollama:
                 self.running.pop(name, None)
             call.json(answer | {"done_reason": "unload"})
             return
+        if name in self.embedders:
+            call.json({"error": f'"{asked["model"]}" does not support generate'}, 400)
+            return
         self._load(name, asked.get("keep_alive"))
         call.json(answer | {"done_reason": "load"})
+
+    def _load_embedder(self, call: Call, asked: dict[str, Any]) -> None:
+        assert asked["input"] == "", "the gateway has nothing to say here"
+        self._load(_tagged(asked["model"]), asked.get("keep_alive"))
+        call.json({"model": asked["model"], "embeddings": []})
 
     def _load(self, name: str, keep_alive_s: float | None = None) -> None:
         if name not in self.running:
@@ -181,7 +193,7 @@ class Ollama:
 
 
 def _tagged(name: str) -> str:
-    return name if ":" in name else f"{name}:latest"
+    return (name if ":" in name else f"{name}:latest").lower()
 
 
 def _envelope(asked: dict[str, Any], kind: str, choice: dict[str, Any]) -> dict[str, Any]:

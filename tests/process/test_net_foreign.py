@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import ssl
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.fakes.raw_server import Peer, raw_server
 from tests.process.test_net_client import closed_port, on_both_loops, saying, whole
-from xandrouting.net.client import PAUSE_BYTES, Client, ConnectError, SilentError
+from tests.waiting import async_wait_for
+from xandrouting.net.client import (
+    MAX_HEAD_BYTES,
+    PAUSE_BYTES,
+    Client,
+    ConnectError,
+    SilentError,
+    UpstreamError,
+)
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -122,6 +132,69 @@ async def test_why_it_is_not_reached() -> None:
     ):
         with pytest.raises(ConnectError, match=why):
             await Client(url).request(b"GET", b"/")
+
+
+@on_both_loops
+async def test_a_name_that_nobody_answers_for_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loops look up names in a few threads: two on uvloop."""
+    answers = threading.Event()
+    look_up = socket.getaddrinfo
+
+    def slow(host: str, *more: object, **named: object) -> object:
+        if host == "slow.invalid":
+            answers.wait(20)
+        return look_up(host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    slow_one = [Client("http://slow.invalid", connect_timeout_s=0.1) for _ in range(8)]
+    try:
+        for client in slow_one:
+            with pytest.raises(ConnectError, match=r"^no connection within 0\.1 s$"):
+                await client.request(b"GET", b"/")
+        async with raw_server(saying(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")) as server:
+            client = Client(server.url.replace("127.0.0.1", "localhost"))
+            assert (await client.get(b"/"))[0] == 200
+            client.close()
+    finally:
+        answers.set()
+        await async_wait_for(lambda: not any("slow.inv" in t.name for t in threading.enumerate()))
+
+
+@on_both_loops
+async def test_a_name_is_looked_up_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def none(host: str, *_: object, **__: object) -> object:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "no")
+
+    monkeypatch.setattr(socket, "getaddrinfo", none)
+    client = Client("http://a.invalid")
+    asking = (client.request(b"GET", b"/") for _ in range(20))
+    errors = await asyncio.gather(*asking, return_exceptions=True)
+    assert {str(error) for error in errors} == {"its name cannot be resolved"}
+    assert asked == ["a.invalid"]
+
+
+@on_both_loops
+async def test_headers_without_an_end_are_given_up() -> None:
+    async def endless(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\n")
+        try:
+            while peer.sent_bytes < 100 * MAX_HEAD_BYTES:
+                await peer.send(b"x-more: " + b"a" * 8000 + b"\r\n")
+        except ConnectionError:
+            pass
+
+    async with raw_server(endless) as server:
+        client = Client(server.url)
+        with pytest.raises(UpstreamError, match="its headers have no end"):
+            await client.request(b"POST", b"/")
+        await server.ended(0)
+        assert client.connections == 0
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")

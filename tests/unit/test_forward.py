@@ -245,6 +245,10 @@ async def test_a_stream_s_headers() -> None:
             (b"x-accel-buffering", b"yes"),
             (b"access-control-allow-origin", b"*"),
             (b"set-cookie", b"a=b"),
+            (b"clear-site-data", b'"*"'),
+            (b"strict-transport-security", b"max-age=9"),
+            (b"alt-svc", b'h3=":1"'),
+            (b"www-authenticate", b"Basic"),
             (b"x-request-id", b"theirs"),
             (b"content-length", b"7"),
             (b"openai-model", b"qwen"),
@@ -293,6 +297,43 @@ async def test_who_holds_the_lease_learns_that_the_client_has_its_answer() -> No
         on_whole=lambda: whole.append((asyncio.get_running_loop().time(), got.ended)),
     )
     assert whole == [(1.0, True)]
+
+
+@virtual_time
+async def test_done_in_crlf_is_done() -> None:
+    got, done = Got(), b"data: [DONE]\r\n\r\n"
+    await forward(Upstream(b"data: a\r\n\r\n", (1.0, done)), got)
+    assert got.pieces == [b"data: a\r\n\r\n", done]
+    assert (got.times[-1], got.ended) == (1.0, True)
+
+
+@virtual_time
+async def test_events_without_a_blank_get_one() -> None:
+    """XandAI reads no others."""
+    got = Got()
+    text = b'data:{"content":"data:x\\ndata:y"}\n\n'
+    await forward(Upstream(b"data:a\n\n" + text, b"data:[DO", (1.0, b"NE]\n\n")), got)
+    assert b"".join(got.pieces) == (
+        b'data: a\n\ndata: {"content":"data:x\\ndata:y"}\n\ndata: [DONE]\n\n'
+    )
+    assert got.ended
+
+
+@virtual_time
+async def test_a_stream_is_one_however_its_kind_is_written() -> None:
+    got = Got()
+    headers = [(b"content-type", b"Text/Event-Stream")]
+    await forward(Upstream(b"data: a\n\nda", b"ta: [DONE]\n\n", headers=headers), got)
+    assert got.pieces == [b"data: a\n\n", b"data: [DONE]\n\n"]
+
+
+@virtual_time
+async def test_a_stream_that_is_compressed_passes_as_it_is() -> None:
+    got = Got()
+    headers = [EVENTS, (b"content-encoding", b"gzip")]
+    await forward(Upstream(b"\x1f\x8b\n\n", (b"rest", END), headers=headers), got)
+    assert b"".join(got.pieces) == b"\x1f\x8b\n\nrest"
+    assert (b"content-encoding", b"gzip") in got.headers
 
 
 @virtual_time
@@ -451,7 +492,9 @@ async def test_the_engine_s_refusal_keeps_status_and_words(status: int) -> None:
         (b'{"error":"model not found"}', "model not found"),  # Ollama
         (b'{"object":"error","message":"bad"}', "bad"),  # older vLLM
         (b'{"error":{"message":""}}', "The engine of qwen refused the request with status 400."),
-        (b'{"detail":"Not Found"}', "The engine of qwen refused the request with status 400."),
+        (b'{"detail":"No"}', "The engine of qwen refused the request with status 400: No"),
+        (b'{"detail":[{}]}', "The engine of qwen refused the request with status 400."),
+        (b'[{"error":{"message":"no such model"}}]', "no such model"),  # Google's
         (b"<html>no</html>", "The engine of qwen refused the request with status 400."),
         (b"", "The engine of qwen refused the request with status 400."),
         (b"[1]", "The engine of qwen refused the request with status 400."),

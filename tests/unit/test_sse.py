@@ -42,6 +42,7 @@ def test_events_are_split_after_the_last_whole_one(data: bytes, whole: bytes, be
         (b"data: a\n\n", b"data: a\n\n", b""),
         (b'data: {"error":{"message":"x"}}\n\n', b"", b'data: {"error":{"message":"x"}}\n\n'),
         (b'data: a\n\ndata: {"error": "x"}\n\n', b"data: a\n\n", b'data: {"error": "x"}\n\n'),
+        (b'data: { "error" : {"message":"x"}}\n\n', b"", b'data: { "error" : {"message":"x"}}\n\n'),
         (b'data: {"error":null,"choices":[]}\n\n', b'data: {"error":null,"choices":[]}\n\n', b""),
         (
             b'data: {"content":"data: {\\"error\\":"}\n',

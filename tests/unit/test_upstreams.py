@@ -125,6 +125,20 @@ async def test_what_openai_lists() -> None:
     assert there.limits == {MAX_BYTES + 1}
 
 
+@pytest.mark.parametrize(
+    ("answer", "ids"),
+    [
+        ({"data": None}, []),  # an Ollama that has none
+        ([{"id": "a"}, {"id": "b"}], ["a", "b"]),
+        ({"data": [{"id": "a"}, {"id": "b"}, {"id": "a"}]}, ["a", "b"]),
+        ({"data": [{"id": "a", "created": "2024-01-01", "max_model_len": "4k"}]}, ["a"]),
+    ],
+)
+async def test_lists_of_other_shapes(answer: object, ids: list[str]) -> None:
+    listing = await openai.look(client(v1__models=answer))
+    assert listing.models == tuple(RemoteModel(id_) for id_ in ids)
+
+
 @pytest.mark.parametrize("status", [404, 405, 501])
 async def test_who_has_no_list_has_none(status: int) -> None:
     assert await openai.look(client(v1__models=status)) == Listing()
@@ -137,8 +151,8 @@ async def test_who_has_no_list_has_none(status: int) -> None:
         (b"", "are no models"),
         (b"\xff", "are no models"),
         (b"[" * 100_000, "are no models"),
-        ([], "are no models"),
-        ({"data": None}, "are no models"),
+        ({}, "are no models"),
+        ([{"name": "a"}], "are no models"),
         ({"data": [{"name": "a"}]}, "are no models"),
         ({"data": [{"id": ""}]}, "are no models"),
         ({"data": [{"id": "a" * 513}]}, "are no models"),
@@ -295,6 +309,28 @@ async def test_one_that_nobody_configured_is_not_missed(caplog: pytest.LogCaptur
 
 
 @virtual_time
+async def test_a_fault_of_ours_does_not_end_the_watching() -> None:
+    there = There(v1__models=EMPTY)
+    there.error = ArithmeticError("nobody thought of it")
+    async with watched(there=there) as line:
+        await asyncio.sleep(0.1)
+        assert line.state.reason == "its answer could not be read: the server's log has more"
+        there.error = None
+        await asyncio.sleep(FIRST_S)
+        assert line.state.available
+
+
+@virtual_time
+async def test_one_whose_list_is_of_no_use_is_not_asked_with_every_request() -> None:
+    there = There(v1__models=401)
+    async with watched(there=there) as line:
+        for _ in range(100):
+            line.reached()
+            await asyncio.sleep(0.1)
+        assert len(there.times) <= 5  # at 0, 1, 3, 7 s
+
+
+@virtual_time
 async def test_a_request_that_gets_through_has_it_asked_at_once() -> None:
     there = There(v1__models=EMPTY)
     there.error = REFUSED
@@ -316,15 +352,24 @@ async def test_a_request_that_gets_through_has_it_asked_at_once() -> None:
 def test_the_circuit_opens_for_longer_each_time() -> None:
     circuit = Circuit()
     assert circuit.open_s(0.0) == 0.0
+    now = 100.0
     for opens_s in (1.0, 2.0, 4.0, REFUSE_S, REFUSE_S):
-        circuit.failed("refused", 100.0)
-        assert circuit.open_s(100.0) == opens_s
-        assert circuit.open_s(100.0 + opens_s) == 0.0
+        circuit.failed("refused", now)
+        assert circuit.open_s(now) == opens_s
+        now += opens_s
+        assert circuit.open_s(now) == 0.0
     assert circuit.reason == "refused"
     circuit.reached()
     assert circuit.open_s(100.0) == 0.0
     circuit.failed("refused", 200.0)
     assert circuit.open_s(200.0) == FIRST_S
+
+
+def test_those_who_fail_together_are_one_failure() -> None:
+    circuit = Circuit()
+    for number in range(50):
+        circuit.failed("refused", 100.0 + number / 1000)
+    assert circuit.open_s(100.0) == FIRST_S
 
 
 def test_a_pause_has_its_limit() -> None:

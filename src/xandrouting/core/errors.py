@@ -191,6 +191,18 @@ class DownloadNotFound(GatewayError):
     status, error_type, code = 404, "invalid_request_error", "download_not_found"
 
 
+class ModelReadOnly(GatewayError):
+    """The model lies in a further root, of which nothing is deleted."""
+
+    status, error_type, code = 403, "permission_error", "model_read_only"
+
+
+class ModelInUse(GatewayError):
+    """The model is loaded or downloaded just now, so it cannot be deleted."""
+
+    status, error_type, code = 409, "conflict_error", "model_in_use"
+
+
 class DestinationOccupied(GatewayError):
     """The destination belongs to another download, or to another model."""
 
@@ -286,6 +298,12 @@ class UpstreamNotAnApi(GatewayError):
     """What an upstream answered is a web page or the like: its address is another server's."""
 
     status, error_type, code = 502, "server_error", "upstream_not_an_api"
+
+
+class UpstreamRefusesKey(GatewayError):
+    """An upstream refuses the key the operator set for it, or wants one where none is set."""
+
+    status, error_type, code = 502, "server_error", "upstream_refuses_key"
 
 
 class UpstreamTimeout(GatewayError):

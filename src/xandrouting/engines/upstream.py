@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from xandrouting.core.errors import GatewayError
+from xandrouting.core.errors import GatewayError, UpstreamRefusesKey
 from xandrouting.core.model import (
     Backend,
     Cost,
@@ -98,5 +98,13 @@ class Upstream:
         return ()
 
     def explain(self, status: int, error: Mapping[str, Any], path: str) -> GatewayError | None:  # noqa: ARG002
-        """Return None: another server's status says what it means."""
-        return None
+        """Return what a refused key means; else another server's status says what it means.
+
+        The client's own key is another, and the refusal may quote the one that is ours.
+        """
+        if status != 401:
+            return None
+        return UpstreamRefusesKey(
+            "The upstream refuses the key it was given, or wants one. The operator sets it in "
+            "upstream_keys."
+        )

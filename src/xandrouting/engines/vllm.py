@@ -45,6 +45,9 @@ EAGER: Final = "--enforce-eager"
 # It compiles what makes logprobs all the same: 1.5 s of the first request for some, on a machine
 # with nothing else to do.
 EAGER_ENV: Final = (("TORCHDYNAMO_DISABLE", "1"),)
+# How long a thread of the CPU's waits for the others before it sleeps. Beside one busy process on
+# two cores the default gave 5 and 8 tokens/s, this 20 and 25.
+SPIN: Final = ("GOMP_SPINCOUNT", "1000")
 # Once drained it has nothing to lose, and takes 3 s to end by itself; killed it is gone at once,
 # and the guard sees to what it leaves.
 STOP_GRACE_S: Final = 0.0
@@ -288,7 +291,7 @@ class Vllm:
 
     def _devices(self, placement: Placement) -> Sequence[tuple[str, str]]:
         if not placement:
-            return [("CUDA_VISIBLE_DEVICES", ""), ("VLLM_CPU_OMP_THREADS_BIND", "{cores}")]
+            return [("CUDA_VISIBLE_DEVICES", ""), ("VLLM_CPU_OMP_THREADS_BIND", "{cores}"), SPIN]
         return [("CUDA_VISIBLE_DEVICES", visible_devices(placement, self._setup.cards))]
 
 

@@ -7,28 +7,23 @@ a chunk. Figures and the traps it avoids: `docs/adr/0001-data-plane.md`.
 from __future__ import annotations
 
 import asyncio
-import errno
-import socket
 import ssl
 from typing import Final, cast
 from urllib.parse import urlsplit
 
 import httptools
 
+from xandrouting.net.reasons import why_not
+from xandrouting.net.resolve import Name
+
 PAUSE_BYTES: Final = 64 * 1024  # unread bytes at which a socket is not read on; handed on at once
 IDLE_S: Final = 4.0  # engines close a connection after 5 idle seconds; be earlier
 RACE_S: Final = 1.0  # one that closes later than this after a request had read it
 MAX_IDLE: Final = 128  # idle connections kept per engine
 JOIN_BYTES: Final = 64 * 1024  # a request up to this size leaves in one write
+MAX_HEAD_BYTES: Final = 256 * 1024  # an answer's headers; what is larger has no end
 
 Headers = list[tuple[bytes, bytes]]
-
-_WORDS: Final = {
-    errno.ECONNREFUSED: "connection refused",
-    errno.ECONNRESET: "the connection was closed at once",
-    errno.EHOSTUNREACH: "its machine cannot be reached",
-    errno.ENETUNREACH: "its network cannot be reached",
-}
 
 
 class UpstreamError(Exception):
@@ -157,6 +152,7 @@ class _Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._response: Response | None = None
         self._began = False  # a byte of the current answer has come
+        self._head_bytes = 0  # of what came before the end of its headers
         self._to_eof = False  # the answer's end is the connection's end
         self._paused = False
         self._keep = False  # both sides want the connection to stay
@@ -183,6 +179,12 @@ class _Connection(asyncio.Protocol):
             self._fail(f"not an HTTP/1.1 answer: {type(error).__name__}")
             self.abort()
             return
+        if not self._response.status:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._fail("its headers have no end")
+                self.abort()
+                return
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -203,7 +205,7 @@ class _Connection(asyncio.Protocol):
             raise ValueError("more than one answer")  # feed_data raises HttpParserError then
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._response is not None:
+        if self._response is not None and not self._response.status:  # else it is a trailer
             self._response.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
@@ -245,6 +247,7 @@ class _Connection(asyncio.Protocol):
             raise UpstreamError("the connection is closed", began=False)
         response = self._response = Response(self)
         self._began = self._to_eof = self._keep = False
+        self._head_bytes = 0
         if silence_s is not None:
             self._heard = self._loop.time()
             self._listen_for(silence_s, silence_s)
@@ -351,6 +354,7 @@ class Client:
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError("an upstream's address begins with http:// or https://")
         self._host = url.hostname
+        self._name = Name(url.hostname)
         self._port = url.port or (443 if url.scheme == "https" else 80)
         self._ssl = ssl.create_default_context() if url.scheme == "https" else None
         self._prefix = url.path.rstrip("/").encode()
@@ -460,23 +464,22 @@ class Client:
     async def _connect(self) -> _Connection:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await self._loop.create_connection(
-                    lambda: _Connection(self), self._host, self._port, ssl=self._ssl
-                )
+                *others, last = await self._name.addresses()
+                for address in others:
+                    try:
+                        return await self._connect_to(address)
+                    except OSError:
+                        pass  # the name has another
+                return await self._connect_to(last)
         except OSError as error:  # TimeoutError is one
-            raise ConnectError(self._why_not(error)) from error
-        return connection
+            raise ConnectError(why_not(error, self._connect_timeout_s)) from error
 
-    def _why_not(self, error: OSError) -> str:
-        match error:
-            case TimeoutError():
-                return f"no connection within {self._connect_timeout_s:g} s"
-            case socket.gaierror():
-                return "its name cannot be resolved"
-            case ssl.SSLCertVerificationError():
-                return f"its certificate is refused: {error.verify_message}"
-            case ssl.SSLError():
-                return "it does not speak TLS: is its address http:// and not https://?"
-        if error.errno is None and f"[Errno {errno.ECONNREFUSED}]" in str(error):
-            return "connection refused"  # at each of several addresses
-        return _WORDS.get(error.errno or 0, f"no connection ({type(error).__name__})")
+    async def _connect_to(self, address: str) -> _Connection:
+        _, connection = await self._loop.create_connection(
+            lambda: _Connection(self),
+            address,
+            self._port,
+            ssl=self._ssl,
+            server_hostname=None if self._ssl is None else self._host,
+        )
+        return connection

@@ -32,7 +32,7 @@ from xandrouting.net.client import (
     UpstreamError,
 )
 from xandrouting.proxy.headers import EVENT_STREAM, STREAM_HEADERS, passed_on
-from xandrouting.proxy.sse import DONE, split_error, split_events
+from xandrouting.proxy.sse import DONE, spaced, split_error, split_events
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Explain = Callable[[int, Mapping[str, Any]], GatewayError | None]
@@ -187,8 +187,9 @@ async def _relay(
     on_whole: Callable[[], None],
 ) -> None:
     """Send the answer on, events whole and each as soon as it is there."""
-    kind = response.header(b"content-type") or b""
-    events = kind.startswith(EVENT_STREAM)
+    kind = (response.header(b"content-type") or b"").lower()
+    # One that is compressed, which nobody asked for, cannot be read here and passes as it is.
+    events = kind.startswith(EVENT_STREAM) and response.header(b"content-encoding") is None
     if not answer.started:
         headers = passed_on(response.headers)
         if events:  # [DONE] may end it early, a missing empty line late: no length holds
@@ -200,6 +201,7 @@ async def _relay(
         data = response.take()
         if events:
             data, held = split_events(held + data if held else data)
+            data = spaced(data)
             data, failure = (data, b"") if failed is None else split_error(data)
             if failed is not None and failure:
                 if data:
@@ -246,7 +248,9 @@ async def _rejection(response: Response, name: str, explain: Explain) -> Gateway
     known = explain(status, error)
     if known is not None:
         return known
-    message = str(error.get("message") or f"{name} refused the request with status {status}.")
+    detail = error.get("detail")  # where FastAPI itself says why
+    why = f": {detail}" if isinstance(detail, str) and detail else "."
+    message = str(error.get("message") or f"{name} refused the request with status {status}{why}")
     if status < 500:
         retry_after = response.header(b"retry-after") or b""
         return EngineRejected(
@@ -264,6 +268,8 @@ def _error_object(body: bytes) -> Mapping[str, Any]:
         answer = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
+    if isinstance(answer, list) and answer:  # as Google's servers answer
+        answer = answer[0]
     if not isinstance(answer, dict):
         return {}
     error = answer.get("error", answer)

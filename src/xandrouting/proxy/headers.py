@@ -30,6 +30,15 @@ _DROPPED: Final = frozenset(
         b"access-control-allow-headers",
         b"access-control-expose-headers",
         b"access-control-max-age",
+        # What would bind a browser to more than this one answer.
+        b"alt-svc",
+        b"clear-site-data",
+        b"nel",
+        b"refresh",
+        b"report-to",
+        b"reporting-endpoints",
+        b"strict-transport-security",
+        b"www-authenticate",
     )
 )
 
@@ -50,9 +59,7 @@ EVENT_STREAM_HEADERS: Final[Headers] = [
 
 def passed_on(headers: Headers) -> Headers:
     """Return the upstream's headers that the client gets."""
-    return [
-        pair for pair in headers if pair[0] not in _DROPPED and not pair[0].startswith(_OURS)
-    ]
+    return [pair for pair in headers if pair[0] not in _DROPPED and not pair[0].startswith(_OURS)]
 
 
 # Between the client and the gateway alone, or set anew for the engine.

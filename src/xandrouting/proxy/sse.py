@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-DONE: Final = b"data: [DONE]\n\n"
-_ERROR: Final = re.compile(rb'^data: ?\{"error": ?[{"]', re.MULTILINE)
+DONE: Final = (b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n")
+_TIGHT: Final = re.compile(rb"^data:(?! )", re.MULTILINE)
+_ERROR: Final = re.compile(rb'^data: ?\{ ?"error" ?: ?[{"]', re.MULTILINE)
 HOLD_BYTES: Final = 256 * 1024  # an event larger than this is passed on in pieces
 
 
@@ -32,6 +33,13 @@ def split_error(data: bytes) -> tuple[bytes, bytes]:
     """
     found = _ERROR.search(data)
     return (data, b"") if found is None else (data[: found.start()], data[found.start() :])
+
+
+def spaced(data: bytes) -> bytes:
+    """Return events with the blank behind `data:` that many clients wait for."""
+    if not data.startswith(b"data:") or data.startswith(b"data: "):
+        return data
+    return _TIGHT.sub(b"data: ", data)
 
 
 def comment(text: str) -> bytes:

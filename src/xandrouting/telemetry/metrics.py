@@ -42,6 +42,18 @@ class PoolGauges:
     evictions: int
 
 
+@dataclass(frozen=True, slots=True)
+class DownloadGauges:
+    """What the metrics tell of the downloads: how many by state, and the bytes that came."""
+
+    by_state: Mapping[str, int]
+    fetched_bytes: int
+
+
+def _no_downloads() -> DownloadGauges:
+    return DownloadGauges({}, 0)
+
+
 class Metrics:
     """Renders counters that are kept elsewhere; costs nothing between two scrapes.
 
@@ -53,9 +65,10 @@ class Metrics:
         stats: RequestStats,
         pool: Callable[[], PoolGauges],
         upstreams: Callable[[], Mapping[str, bool]] = dict,
+        downloads: Callable[[], DownloadGauges] = _no_downloads,
     ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Counters(stats, pool, upstreams))
+        self._registry.register(_Counters(stats, pool, upstreams, downloads))
 
     def render(self) -> bytes:
         """Return the exposition in Prometheus' text format."""
@@ -68,10 +81,12 @@ class _Counters(Collector):
         stats: RequestStats,
         pool: Callable[[], PoolGauges],
         upstreams: Callable[[], Mapping[str, bool]],
+        downloads: Callable[[], DownloadGauges],
     ) -> None:
         self._stats = stats
         self._pool = pool
         self._upstreams = upstreams
+        self._downloads = downloads
 
     def describe(self) -> Iterable[Metric]:
         return ()  # so that registering does not collect
@@ -85,6 +100,21 @@ class _Counters(Collector):
         for name, answers in self._upstreams().items():
             up.add_metric((name,), answers)
         yield up
+        yield from self._download_metrics()
+
+    def _download_metrics(self) -> Iterable[Metric]:
+        downloads = self._downloads()
+        states = GaugeMetricFamily(
+            "xandrouting_downloads", "Downloads that are known.", labels=("state",)
+        )
+        for state, count in downloads.by_state.items():
+            states.add_metric((state,), count)
+        yield states
+        yield CounterMetricFamily(
+            "xandrouting_download_bytes",
+            "Bytes that downloads brought over the wire.",
+            value=downloads.fetched_bytes,
+        )
 
     def _request_metrics(self) -> Iterable[Metric]:
         stats = self._stats

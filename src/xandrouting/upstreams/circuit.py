@@ -27,14 +27,17 @@ class Circuit:
         self._until = 0.0
 
     def failed(self, reason: str, now: float) -> None:
-        """Open it, for longer with each failure in a row."""
-        self._failures += 1
+        """Open it, for longer with each failure in a row; those of one moment are one."""
         self.reason = reason
+        if now < self._until:
+            return
+        self._failures += 1
         self._until = now + min(pause_s(self._failures), REFUSE_S)
 
     def reached(self) -> None:
         """Close it: a connection was made."""
         self._failures = 0
+        self._until = 0.0
         self.reason = None
 
     def open_s(self, now: float) -> float:

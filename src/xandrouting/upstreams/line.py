@@ -41,13 +41,18 @@ class Line:
         self._look = _LOOKS[backend]
         self._expected = address.expected
         self._failures = 0
+        self._is_reachable = False  # its last answer was one, though it may have been of no use
         self._wanted = asyncio.Event()
         self._looking = asyncio.Lock()  # else an answer could be followed by an older one
 
     async def watch(self) -> None:
         """Look for ever; cancelling ends it."""
         while True:
-            await self.look()
+            try:
+                await self.look()
+            except Exception:  # the edge of the task: else it would never be asked again
+                log.exception("upstream look failed upstream=%s", self.name)
+                self._down("its answer could not be read: the server's log has more")
             wait_s = pause_s(self._failures) if self._failures else LOOK_EVERY_S
             self._wanted.clear()
             try:
@@ -67,8 +72,10 @@ class Line:
                 listing = await self._look(self.client)
         except TimeoutError:
             self._down(f"it does not answer within {ANSWER_S:g} s")
-        except (UpstreamError, Unusable) as error:
+        except UpstreamError as error:
             self._down(str(error))
+        except Unusable as error:
+            self._down(str(error), is_reachable=True)
         else:
             self._up(listing)
             self.circuit.reached()
@@ -76,11 +83,12 @@ class Line:
     def reached(self) -> None:
         """A request got through: if that is news, look at once."""
         self.circuit.reached()
-        if not self.state.available:
+        if not self.state.available and not self._is_reachable:
             self._wanted.set()
 
     def _up(self, listing: Listing) -> None:
         self._failures = 0
+        self._is_reachable = True
         if self.state.available:
             self.state = replace(self.state, listing=listing)
             return
@@ -94,8 +102,9 @@ class Line:
             listing.version or "unknown",
         )
 
-    def _down(self, reason: str) -> None:
+    def _down(self, reason: str, *, is_reachable: bool = False) -> None:
         self._failures += 1
+        self._is_reachable = is_reachable
         before = self.state
         if not before.available and before.since is not None:
             self.state = replace(before, reason=reason)

@@ -7,6 +7,7 @@ OpenAI-compatible side and are not this file's.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Final
 
@@ -35,10 +36,13 @@ class _Details(Struct):
     quantization_level: str | None = None
 
 
+Moment = Annotated[datetime, Meta(tz=True)]
+
+
 class _Tag(Struct):
     name: Name
     size: Size | None = None
-    modified_at: datetime | None = None
+    modified_at: Moment | None = None
     details: _Details | None = None
 
 
@@ -50,7 +54,7 @@ class _Process(Struct):
     name: Name
     size: Size
     size_vram: Size
-    expires_at: datetime
+    expires_at: Moment
     context_length: Size | None = None  # since 0.11
 
 
@@ -76,6 +80,11 @@ def canonical(model: str) -> str:
     """Return a model's name with its tag, as Ollama lists it: without one `latest` is meant."""
     _, slash, last = model.rpartition("/")
     return model if ":" in (last if slash else model) else f"{model}:latest"
+
+
+def is_same(listed: str, asked: str) -> bool:
+    """Whether a request by one name means the model that is listed under the other."""
+    return listed.casefold() == canonical(asked).casefold()
 
 
 async def look(client: Client) -> Listing:
@@ -121,14 +130,23 @@ async def set_keep_alive(client: Client, model: str, keep_alive_s: float | None)
     asked: dict[str, object] = {"model": model, "stream": False}
     if keep_alive_s is not None:
         asked["keep_alive"] = keep_alive_s
-    response = await client.request(b"POST", b"/api/generate", msgspec.json.encode(asked), _JSON)
+    error = await _post(client, b"/api/generate", asked, model)
+    if isinstance(error, EngineRejected) and keep_alive_s != 0:  # one that makes embeddings alone
+        error = await _post(client, b"/api/embed", asked | {"input": ""}, model) and error
+    if error is not None:
+        raise error
+
+
+async def _post(
+    client: Client, path: bytes, asked: Mapping[str, object], model: str
+) -> GatewayError | None:
+    """Make a call that has nothing to say; return the error of one that is refused."""
+    response = await client.request(b"POST", path, msgspec.json.encode(asked), _JSON)
     try:
         body = await response.read(MAX_BYTES)
     finally:
         response.close()
-    error = _refusal(response.status, body, model)
-    if error is not None:
-        raise error
+    return _refusal(response.status, body, model)
 
 
 def _refusal(status: int, body: bytes, model: str) -> GatewayError | None:
@@ -158,7 +176,7 @@ def _model(tag: _Tag) -> RemoteModel:
 
 
 def _running(process: _Process) -> RunningModel:
-    expires_at = process.expires_at.timestamp()
+    expires_at = max(0.0, process.expires_at.timestamp())  # Go's zero is the year 1
     return RunningModel(
         process.name,
         process.size,

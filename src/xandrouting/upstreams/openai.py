@@ -25,15 +25,18 @@ class Unusable(Exception):
 
 class _Model(Struct):
     id: Name
-    created: float | None = None
-    max_model_len: Size | None = None  # vLLM's
+    created: object = None
+    max_model_len: object = None  # vLLM's
+
+
+_List = Annotated[list[_Model], Meta(max_length=MAX_MODELS)]
 
 
 class _Models(Struct):
-    data: Annotated[list[_Model], Meta(max_length=MAX_MODELS)]
+    data: _List | None  # Ollama writes an empty one so
 
 
-_DECODER: Final = msgspec.json.Decoder(_Models)
+_DECODER: Final = msgspec.json.Decoder(_Models | _List)  # some servers answer with the bare list
 
 
 async def look(client: Client) -> Listing:
@@ -46,12 +49,18 @@ async def look(client: Client) -> Listing:
     body = await get(client, b"/v1/models")
     if body is None:
         return Listing()
-    models = decoded(_DECODER, body).data
-    return Listing(tuple(RemoteModel(m.id, _whole(m.created), m.max_model_len) for m in models))
+    answer = decoded(_DECODER, body)
+    models = {m.id: m for m in (answer if isinstance(answer, list) else answer.data or ())}
+    return Listing(
+        tuple(
+            RemoteModel(m.id, _whole(m.created), _whole(m.max_model_len)) for m in models.values()
+        )
+    )
 
 
-def _whole(created: float | None) -> int | None:
-    return int(created) if created is not None and 0 < created < 2**53 else None
+def _whole(said: object) -> int | None:
+    """Return a number that a server may tell in its own way; None: it does not tell it."""
+    return int(said) if isinstance(said, int | float) and 0 < said < 2**53 else None
 
 
 async def get(client: Client, path: bytes) -> bytes | None:

@@ -163,8 +163,7 @@ class Upstreams:
 
     async def _running(self, line: Line, model: str) -> RunningModel | None:
         every = await self.reach(OLLAMA, lambda: _told(ollama.running(line.client), ANSWER_S))
-        wanted = ollama.canonical(model)
-        return next((one for one in every if one.id == wanted), None)
+        return next((one for one in every if ollama.is_same(one.id, model)), None)
 
 
 def split_name(
