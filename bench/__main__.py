@@ -10,7 +10,18 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import decisions, engine, estimates, machine, memory, relay, simulate, switch, vllm
+from bench import (
+    decisions,
+    engine,
+    estimates,
+    inventory,
+    machine,
+    memory,
+    relay,
+    simulate,
+    switch,
+    vllm,
+)
 from bench.processes import CORES, BenchError
 from bench.stage import Effort
 from bench.table import Row, as_markdown, as_text
@@ -36,6 +47,7 @@ MEASURES: Mapping[str, Callable[[Effort], list[Row]]] = {
     "hit": switch.hit,
     "vllm": vllm.speed,
     "vllm-start": vllm.start,
+    "inventory": inventory.inventory,
     "decisions": decisions.decisions,
     "simulate": simulate.simulate,
 }

@@ -67,7 +67,10 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def clean_environment() -> dict[str, str]:
     """Return our environment without what the server would read as settings."""
-    bare = ("HOST", "PORT", "MODELS_DIR", "DEFAULT_TTL", "CORS_ORIGINS", "OLLAMA_BASE_URL")
+    bare = (
+        *("HOST", "PORT", "MODELS_DIR", "DEFAULT_TTL", "CORS_ORIGINS", "OLLAMA_BASE_URL"),
+        *("HF_ENDPOINT", "HF_TOKEN"),
+    )
     return {
         name: value
         for name, value in os.environ.items()

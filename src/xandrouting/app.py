@@ -1,32 +1,23 @@
-"""The composition root: builds every room's objects, runs the server, ends in order."""
+"""The composition root: builds every room's objects, starts them and ends them in order."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import gc
 import logging
-import os
-import resource
-import signal
-import socket
-from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Self
 
-import uvicorn
-import uvloop
 from starlette.middleware.cors import CORSMiddleware
 
-from xandrouting import __version__
-from xandrouting.backends import Backends, engine_libraries, look
+from xandrouting import __version__, fetching
+from xandrouting.backends import Backends, engine_libraries
 from xandrouting.core.budget import BudgetTooLarge, budget_bytes
 from xandrouting.core.errors import GatewayError, MethodNotAllowed
 from xandrouting.core.ledger import Ledger
 from xandrouting.core.model import HOST, Backend, EngineSpec
 from xandrouting.core.scheduler import Scheduler
-from xandrouting.engines.llamacpp import LIST_DEVICES
 from xandrouting.engines.upstream import OLLAMA, Upstream
+from xandrouting.fetching import build_downloads
 from xandrouting.http.body import Receive
 from xandrouting.http.control import build_control
 from xandrouting.http.errors import headers_of, to_bytes
@@ -34,18 +25,17 @@ from xandrouting.http.gate import Gate
 from xandrouting.http.inference import HOT_PATHS, InferenceApi, Scope
 from xandrouting.http.loads import Loads
 from xandrouting.http.news import Newsroom
-from xandrouting.http.protocol import Protocol
 from xandrouting.http.schemas import EngineStatus
 from xandrouting.http.services import Services
 from xandrouting.http.upstream import UPSTREAM, UpstreamApi
 from xandrouting.inventory.architectures import KnownArchitectures
+from xandrouting.inventory.headers import open_header_store
 from xandrouting.inventory.inventory import Inventory
+from xandrouting.inventory.model_file import ModelFile
+from xandrouting.inventory.roots import roots_of
 from xandrouting.launch.base import Survey
-from xandrouting.launch.devices import cuda_devices
 from xandrouting.launch.external import ExternalLauncher
 from xandrouting.launch.local import LocalLauncher
-from xandrouting.launch.nvml import open_gpus, visible_cards
-from xandrouting.launch.sweep import sweep
 from xandrouting.pool.figure_store import FigureStore
 from xandrouting.pool.learning import Learning
 from xandrouting.pool.parking import Parking
@@ -63,9 +53,6 @@ from xandrouting.upstreams.values import Address
 log = logging.getLogger(__name__)
 
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MIN_FILES = 4096  # open files: each request holds two sockets
 
 
 class CannotStart(Exception):
@@ -88,7 +75,13 @@ class Gateway:
     ) -> None:
         self._settings = settings
         self.stats = RequestStats()
-        self.inventory = Inventory(settings.models_dir, KnownArchitectures(engine_libraries()))
+        self._newsroom = Newsroom()
+        self.inventory = Inventory(
+            roots_of(settings.models_dir, settings.further_roots),
+            KnownArchitectures(engine_libraries()),
+            headers=open_header_store(settings.data_dir / "headers.db"),
+            on_change=self._newsroom.model_changes,
+        )
         self._store = FigureStore.open(settings.data_dir / "figures.db")
         figures = self._store.load()
         self._scheduler = scheduler = Scheduler(
@@ -104,7 +97,6 @@ class Gateway:
         self.upstreams = Upstreams(addresses(settings))
         self._local = node
         self._external = ExternalLauncher()
-        self._newsroom = Newsroom()
         self._parking = Parking(settings.data_dir / "parked", settings.parking_quota)
         kinds = {
             **{name: Kind(adapter, node) for name, adapter in engines.adapters.items()},
@@ -118,7 +110,7 @@ class Gateway:
             learning=Learning(figures, self._store),
             load_stall_s=settings.load_stall_s,
             parking=self._parking,
-            spares=frozenset(Backend(name) for name in settings.spares),
+            spares=spare_backends(settings),
             on_news=self._newsroom.engine_news,
             on_survey=self._newsroom.survey,
         )
@@ -155,6 +147,17 @@ class Gateway:
             autoload=settings.models_autoload,
         )
         self.loads = Loads(self.inference, self.pool)
+        self.downloads = build_downloads(
+            models_dir=settings.models_dir,
+            data_dir=settings.data_dir,
+            endpoint=settings.hf_endpoint,
+            token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+            max_downloads=settings.max_downloads,
+            inventory=self.inventory,
+            loads=self.loads,
+            on_news=self._newsroom.download,
+        )
+        self._newsroom.attend_downloads(self.downloads.views)
         control = build_control(
             Services(
                 version=__version__,
@@ -167,11 +170,18 @@ class Gateway:
                 inventory=self.inventory,
                 upstreams=self.upstreams,
                 stats=self.stats,
-                metrics=Metrics(self.stats, self._gauges, self._upstreams_up),
+                metrics=Metrics(
+                    self.stats,
+                    self._gauges,
+                    self._upstreams_up,
+                    partial(fetching.gauges, self.downloads),
+                ),
                 bus=self._newsroom.bus,
                 logs=logs,
                 backends=self._statuses,
                 default_ttl_s=settings.default_ttl,
+                downloads=self.downloads,
+                is_downloaded_into=partial(fetching.writes_into, self.downloads),
             )
         )
         self.asgi = dispatcher(self.inference, control, self.gate)
@@ -185,10 +195,13 @@ class Gateway:
             )
 
     async def __aenter__(self) -> Self:
-        await self.inventory.refresh()
+        await self.inventory.__aenter__()
+        if self._settings.pinned or self._settings.preload:
+            await self.inventory.refresh()  # their names must be known
         await self._parking.open()
         await self.pool.__aenter__()
         await self.upstreams.__aenter__()
+        await self.downloads.__aenter__()
         try:
             self._pin()
         except CannotStart:
@@ -198,9 +211,11 @@ class Gateway:
 
     async def __aexit__(self, *_: object) -> None:
         self.close_streams()
+        await self.downloads.aclose()
         await self.loads.aclose()
         await self.upstreams.aclose()
         await self.pool.aclose()
+        await self.inventory.__aexit__()
         await self._parking.aclose()
         await self._local.aclose()
         await self._external.aclose()
@@ -213,6 +228,14 @@ class Gateway:
                 await self.loads.start(LoadRequest(model=name))
             except GatewayError as error:
                 log.warning("preload failed model=%s code=%s %s", name, error.code, error.message)
+
+    def serves(self, model: ModelFile) -> bool:
+        """Whether a request for this model could be answered as it is by default."""
+        try:
+            self.catalog.route(LoadRequest(model=model.id))
+        except GatewayError:
+            return False
+        return model.problem is None
 
     def close_streams(self) -> None:
         """End the streams of events and of the log, which would never end by themselves."""
@@ -327,6 +350,12 @@ def budgets(settings: Settings, survey: Survey) -> Mapping[str, int]:
     return found
 
 
+def spare_backends(settings: Settings) -> frozenset[Backend]:
+    """Return whose engines take spares: vLLM's are for Transformers too."""
+    named = {Backend(name) for name in settings.spares}
+    return frozenset(named | ({Backend.TRANSFORMERS} if Backend.VLLM in named else set()))
+
+
 def addresses(settings: Settings) -> Mapping[str, Address]:
     """Return where the other servers are; one configured as `ollama` goes before the known one."""
     keys, found = settings.upstream_keys, {}
@@ -336,161 +365,3 @@ def addresses(settings: Settings) -> Mapping[str, Address]:
     for name, url in settings.upstreams.items():
         found[name] = Address(url, keys.get(name, ""))
     return found
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, with its signal handling left to `serve`."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.accepting = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.accepting.set()
-
-
-@dataclass(frozen=True, slots=True)
-class Listener:
-    """A bound socket and what to call it."""
-
-    socket: socket.socket
-    url: str
-
-
-def listen(host: str, port: int) -> Listener:
-    """Bind the server's socket.
-
-    Raises:
-        OSError: the address is taken, or not this machine's.
-    """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    bound = socket.create_server(address[:2], family=family, backlog=4096)
-    shown = f"[{host}]" if family is socket.AF_INET6 else host
-    return Listener(bound, f"http://{shown}:{bound.getsockname()[1]}")
-
-
-async def serve(settings: Settings, listener: Listener, on_ready: Callable[[Gateway], None]) -> int:
-    """Serve until a signal; return the exit status.
-
-    The first signal refuses new work, lets running requests end, ends the engines and
-    returns 0. A second one ends the process at once; the guards end the engines.
-
-    Raises:
-        CannotStart: the settings ask for more than this machine has.
-    """
-    logs = LogBook()
-    with logs.heard():
-        return await _serve(settings, listener, on_ready, logs)
-
-
-async def _serve(
-    settings: Settings, listener: Listener, on_ready: Callable[[Gateway], None], logs: LogBook
-) -> int:
-    ended = await asyncio.to_thread(sweep, settings.data_dir / "run")
-    if ended:
-        log.warning("engines of a killed server ended count=%d", ended)
-    cards = visible_cards(os.environ)
-    node = LocalLauncher(settings.data_dir / "run", open_gpus(visible=cards), logs.hear)
-    survey = await node.survey()
-    engines = look(
-        survey.devices,
-        llamacpp_cards=await cuda_devices(LIST_DEVICES),
-        cards=cards or (),
-        data_dir=settings.data_dir,
-        drain_s=settings.shutdown_grace_s,
-        fast_start=settings.vllm_fast_start,
-        sleeps=settings.soft_idle_s is not None,
-        vllm_spare=Backend.VLLM in settings.spares,
-    )
-    async with Gateway(settings, engines, node, survey, logs) as gateway:
-        server = _Server(
-            uvicorn.Config(
-                gateway.asgi,
-                http=Protocol,
-                loop="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=5,
-                backlog=4096,
-            )
-        )
-        asked = _on_signals()
-        serving = asyncio.create_task(server.serve(sockets=[listener.socket]))
-        stopping = asyncio.create_task(asked.wait())
-        await server.accepting.wait()
-        await warm_up(gateway.asgi)
-        on_ready(gateway)
-        await gateway.preload()
-        gc.freeze()  # what is here now stays: later collections need not look at it
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        log.info("server stopping grace_s=%.0f", settings.shutdown_grace_s)
-        await gateway.pool.drain(settings.shutdown_grace_s)
-        gateway.close_streams()
-        server.should_exit = True
-        await serving
-        stopping.cancel()
-    return 0
-
-
-async def warm_up(app: Asgi) -> None:
-    """Ask for the health once: FastAPI builds its routes at the first request, for 0.3 s."""
-    scope: Scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "GET",
-        "scheme": "http",
-        "path": "/health",
-        "raw_path": b"/health",
-        "query_string": b"",
-        "headers": [(b"host", b"localhost")],
-    }
-
-    async def receive() -> MutableMapping[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(_: MutableMapping[str, Any]) -> None:
-        pass
-
-    await app(scope, receive, send)
-
-
-def _on_signals() -> asyncio.Event:
-    """Return an event that the first signal sets; a second one ends the process."""
-    asked = asyncio.Event()
-
-    def on_signal(number: int) -> None:
-        if asked.is_set():
-            logging.shutdown()
-            os._exit(128 + number)
-        asked.set()
-
-    for number in HANDLED_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    return asked
-
-
-def raise_file_limit() -> None:
-    """Let the process open as many files as the system allows it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < MIN_FILES:
-        log.warning("few open files are allowed limit=%d wanted=%d", soft, MIN_FILES)
-
-
-def run(settings: Settings, on_ready: Callable[[Gateway], None], listener: Listener) -> int:
-    """Run the server on a loop of its own until it ends; return the exit status."""
-    raise_file_limit()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve(settings, listener, on_ready))

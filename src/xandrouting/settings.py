@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     BeforeValidator,
@@ -42,8 +43,15 @@ BARE_NAMES: Final = (
     "default_ttl",
     "cors_origins",
     "ollama_base_url",
+    "hf_endpoint",
+    "hf_token",
 )
 OLLAMA_PORT: Final = 11434
+HF_ENDPOINT: Final = "https://huggingface.co"
+
+_UPSTREAM_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NO_ADDRESS: Final = "has a host or a port that cannot be: write http://HOST:PORT"
+_KEY: Final = re.compile(r"[!-~]+")  # what a header's value may hold, but blanks
 
 Names = Annotated[tuple[str, ...], NoDecode]
 MemoryBudget = Annotated[
@@ -89,6 +97,11 @@ class Settings(BaseSettings):
     models_dir: Path = Field(
         default_factory=default_models_dir,
         description="where the models lie; default: ./models in a checkout",
+    )
+    model_roots: Names = Field(
+        (),
+        description="further folders with models, which are only read: PATH or NAME=PATH, …; "
+        "what lies in one is /models/NAME/…",
     )
     data_dir: Path = Field(
         default_factory=default_data_dir,
@@ -177,13 +190,32 @@ class Settings(BaseSettings):
         description="vLLM compiles nothing: it starts in seconds and answers slower; default: so "
         "on the cpu, not on a GPU",
     )
+    hf_endpoint: str = Field(HF_ENDPOINT, description="the hub that models are downloaded from")
+    hf_token: SecretStr | None = Field(
+        None, description="the token for repositories of the hub that are gated or private"
+    )
+    max_downloads: PositiveInt = Field(
+        2, description="downloads that move at once; the others wait"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("allowed_hosts", "cors_origins", "pinned", "preload", "spares", mode="before")
+    @field_validator(
+        *("allowed_hosts", "cors_origins", "model_roots", "pinned", "preload", "spares"),
+        mode="before",
+    )
     @classmethod
     def _split_names(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @field_validator("model_roots")
+    @classmethod
+    def _are_folders(cls, value: Names) -> Names:
+        for root in value:
+            name, equals, path = root.rpartition("=")
+            if not path or (equals and (not name or "/" in name or name.startswith("."))):
+                raise ValueError(f"{root!r}: write PATH, or NAME=PATH with a plain name")
         return value
 
     @field_validator("spares")
@@ -205,17 +237,39 @@ class Settings(BaseSettings):
         pairs = [pair.strip().partition("=") for pair in value.split(",") if pair.strip()]
         if not all(name.strip() and equals and rest.strip() for name, equals, rest in pairs):
             raise ValueError("write name=value, several with commas between them")
+        names = [name.strip() for name, _, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError("each name may be there only once")
         return {name.strip(): rest.strip() for name, _, rest in pairs}
 
     @field_validator("upstreams")
     @classmethod
     def _are_addresses(cls, value: dict[str, str]) -> dict[str, str]:
         for name, url in value.items():
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"the address of upstream {name} begins with http:// or https://")
-            if "/" in name or name == "models":
-                raise ValueError(f"{name!r} cannot be an upstream's name")
+            if name == "models" or not _UPSTREAM_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} cannot be an upstream's name: it has letters, digits, '.', '_' and "
+                    "'-' alone, and is not 'models'"
+                )
+            wrong = _wrong_with(url)
+            if wrong is not None:
+                raise ValueError(f"the address of upstream {name} {wrong}")
         return value
+
+    @field_validator("upstream_keys")
+    @classmethod
+    def _fit_a_header(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, key in value.items():
+            if not _KEY.fullmatch(key):
+                raise ValueError(f"the key of upstream {name} holds a blank or what is no ASCII")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_are_for_upstreams(self) -> Self:
+        unknown = self.upstream_keys.keys() - self.upstreams.keys() - {Backend.OLLAMA}
+        if unknown:
+            raise ValueError(f"upstream_keys: no upstream is called {', '.join(sorted(unknown))}")
+        return self
 
     @field_validator("ollama_base_url")
     @classmethod
@@ -227,9 +281,18 @@ class Settings(BaseSettings):
             host, slash, path = value.partition("/")
             port = "" if re.search(r":\d+$", host) else f":{OLLAMA_PORT}"
             value = f"http://{host}{port}{slash}{path}"
-        if not value.startswith(("http://", "https://")):
-            raise ValueError("the address of Ollama begins with http:// or https://")
+        wrong = _wrong_with(value)
+        if wrong is not None:
+            raise ValueError(f"the address of Ollama {wrong}")
         return value.rstrip("/").removesuffix("/v1").rstrip("/")
+
+    @field_validator("hf_endpoint")
+    @classmethod
+    def _is_hub(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise ValueError("the hub's address is https://HOST, without a user name")
+        return value.rstrip("/")
 
     @model_validator(mode="after")
     def _no_open_door(self) -> Self:
@@ -238,6 +301,12 @@ class Settings(BaseSettings):
                 f"host {self.host} is reachable from outside: set an API key, or say --no-auth"
             )
         return self
+
+    @property
+    def further_roots(self) -> tuple[tuple[str, Path], ...]:
+        """The further folders with models, each with the name it shall have or an empty one."""
+        parts = (root.rpartition("=") for root in self.model_roots)
+        return tuple((name, Path(path)) for name, _, path in parts)
 
     @property
     def is_loopback(self) -> bool:
@@ -260,6 +329,22 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read names with the prefix before names without it."""
         return init_settings, env_settings, _BareNames(settings_cls)
+
+
+def _wrong_with(url: str) -> str | None:
+    """Return what is wrong with the address of another server; None: nothing."""
+    if not url.startswith(("http://", "https://")):
+        return "begins with http:// or https://"
+    try:
+        parts = urlsplit(url)
+        is_whole = bool((parts.hostname or "").encode("idna")) and parts.port != 0
+    except ValueError:  # a port that is none, half an IPv6 address, a name that can be none
+        return _NO_ADDRESS
+    if not is_whole or not url.isprintable() or " " in url:
+        return _NO_ADDRESS
+    if parts.username is not None or parts.query or parts.fragment:
+        return "has a host, a port and a path alone; a key belongs into upstream_keys"
+    return None
 
 
 class _BareNames(PydanticBaseSettingsSource):

@@ -74,6 +74,7 @@ class Hub:
         self.page_entries = 1000  # of a tree; the rest is on further pages
         self.signatures = Signatures()
         self._faults: dict[str, list[tuple[Fault, int | None]]] = {}
+        self._stalls: dict[str, list[Stall]] = {}
         self._served: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._hub = Server(self, "hub")
@@ -142,14 +143,16 @@ class Hub:
         """Have this happen to the next so many answers about the path; None: to all of them."""
         with self._lock:
             self._faults.setdefault(path, []).append((fault, times))
+            if isinstance(fault, Stall):
+                self._stalls.setdefault(path, []).append(fault)
 
     def heal(self, path: str | None = None) -> None:
         """Take back what is left of a path's faults, or of all; who is stalled goes on."""
         with self._lock:
-            for known in [path] if path is not None else list(self._faults):
-                for fault, _ in self._faults.pop(known, []):
-                    if isinstance(fault, Stall):
-                        fault.released.set()
+            for known in [path] if path is not None else {*self._faults, *self._stalls}:
+                self._faults.pop(known, None)
+                for stall in self._stalls.pop(known, []):
+                    stall.released.set()
 
     def take_faults(self, repo_id: str, path: str, host: Host, *, body: bool) -> list[Fault]:
         """Return what happens to one answer; `body`: it is the one with the bytes."""

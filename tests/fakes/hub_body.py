@@ -10,7 +10,6 @@ import re
 import select
 import socket
 import struct
-import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,8 @@ from tests.fakes.hub_content import File
 from tests.fakes.hub_faults import Corrupt, Cut, Fault, Slow, Stall
 
 _PIECE_BYTES = 4 << 20
-_TICK_S = 0.02  # of a slow body
+_TICK_S = 0.005  # of a slow body
+_SIOCOUTQNSD = 0x894B  # Linux: what was sent and not acknowledged is not in it
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
@@ -55,9 +55,9 @@ def range_of(asked: str, size: int) -> tuple[int, int] | None:
 
 
 def unsent_bytes(connection: socket.socket) -> int:
-    """Count what waits in the kernel for the other side to take."""
+    """Count what waits in the kernel and has not been sent yet."""
     try:
-        packed = fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0" * 4)
+        packed = fcntl.ioctl(connection, _SIOCOUTQNSD, b"\0" * 4)
     except OSError:
         return 0
     return int(struct.unpack("i", packed)[0])

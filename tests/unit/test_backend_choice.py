@@ -141,7 +141,7 @@ def test_the_format_decides(
 
 def test_why_is_told_where_nobody_asked(whole: Machine) -> None:
     gguf, folder = whole.route("file"), whole.route("alone", "auto")
-    assert (gguf.chosen_by, folder.chosen_by) == ("gguf", "safetensors")
+    assert (gguf.chosen_by, folder.chosen_by) == ("", "safetensors")
     assert gguf.spec.chosen == "backend llamacpp: it serves GGUF files"
     assert folder.spec.chosen == "backend vllm: it serves folders of safetensors"
     asked = whole.route("alone", "vllm")

@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 
 from tests.fakes.gguf_writer import write_gguf
-from xandrouting.core.errors import DeviceUnavailable, InvalidModelPath, ModelNotFound
+from xandrouting.core.errors import (
+    DeviceUnavailable,
+    InvalidModelPath,
+    InvalidRequest,
+    ModelNotFound,
+)
 from xandrouting.core.model import Backend, FixedCost, Footprint, LoadOptions, ModelKey
 from xandrouting.engines.base import ModelFacts
 from xandrouting.engines.llamacpp import LlamaCpp
-from xandrouting.inventory.model_file import ModelFile, Snapshot
+from xandrouting.inventory.model_file import MAX_NAME_LENGTH, ModelFile, Snapshot
 from xandrouting.inventory.scan import HeaderCache, scan
 from xandrouting.proxy.request import Routing
 from xandrouting.routing import catalog as module
@@ -233,6 +238,13 @@ def test_an_upstream_s_model(
     assert route.spec.cost == FixedCost(Footprint(engines=0))
     assert route.spec.wants == route.spec.defaults == LoadOptions()
     assert (route.asked_model, route.ttl_s, route.file) == (asked, 0, None)
+
+
+def test_an_upstream_s_model_has_no_endless_name(world: World) -> None:
+    """It would be remembered with its route."""
+    assert world.route("big/" + "a" * MAX_NAME_LENGTH)
+    with pytest.raises(InvalidRequest, match="at most 1024 characters"):
+        world.route("big/" + "a" * (MAX_NAME_LENGTH + 1))
 
 
 def test_all_models_of_an_upstream_are_one_engine(world: World) -> None:

@@ -392,7 +392,7 @@ def test_what_has_not_changed_is_not_read_again(root: Path, read: list[str]) -> 
     first = scan(root, cache)
     assert scan(root, cache) == first
     assert sorted(read) == ["m", "n"]
-    (folder / "README.md").write_text("new")
+    (folder / "tokenizer.json").write_text("{ }")
     second = scan(root, cache)
     assert sorted(read) == ["m", "m", "n"]
     assert second.models[0].revision != first.models[0].revision

@@ -13,21 +13,21 @@ from xandrouting.core.errors import InvalidModelFile, ModelNotFound
 from xandrouting.inventory import inventory as module
 from xandrouting.inventory.inventory import Inventory
 from xandrouting.inventory.model_file import Snapshot
-from xandrouting.inventory.scan import HeaderCache
+from xandrouting.inventory.scan import HeaderCache, Scan
 
 
 class SteppedScan:
-    """Stands in for `scan`: each call waits, in its thread, to be let go."""
+    """Stands in for `scan_all`: each call waits, in its thread, to be let go."""
 
     def __init__(self) -> None:
         self.begun = 0
         self._go = threading.Semaphore(0)
 
-    def __call__(self, root: Path, cache: HeaderCache) -> Snapshot:
+    def __call__(self, roots: object, cache: HeaderCache, **_: object) -> Scan:
         self.begun += 1
         number = self.begun
         assert self._go.acquire(timeout=5)
-        return Snapshot(escaping=frozenset({str(number)}))
+        return Scan(Snapshot(escaping=frozenset({str(number)})), frozenset())
 
     def finish_one(self) -> None:
         self._go.release()
@@ -41,7 +41,7 @@ class SteppedScan:
 @pytest.fixture
 def stepped(monkeypatch: pytest.MonkeyPatch) -> SteppedScan:
     fake = SteppedScan()
-    monkeypatch.setattr(module, "scan", fake)
+    monkeypatch.setattr(module, "scan_all", fake)
     return fake
 
 

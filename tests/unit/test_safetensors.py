@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import time
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -220,8 +221,8 @@ def test_packed_values_of_4_and_6_bits(folder: Path) -> None:
         (b"1234567", "cut short: the file ends inside its header"),
         (LFS, "a git-lfs pointer, not the model"),
         (b"<!DOCTYPE html><html>Not found</html>", "not a safetensors file"),
-        (struct.pack("<Q", 100_000_001) + b"{}", "not a safetensors file"),
-        (struct.pack("<Q", 99_999_999) + b"{}", "cut short: the file ends inside its header"),
+        (struct.pack("<Q", (24 << 20) + 1) + b"{}", "not a safetensors file"),
+        (struct.pack("<Q", 24 << 20) + b"{}", "cut short: the file ends inside its header"),
         (framed(b"{}"), "no weights: its files hold no tensors"),
         (framed(b"[]"), "damaged: not the JSON it should be"),
         (framed(b"{'a'}"), "damaged: not JSON"),
@@ -434,8 +435,55 @@ def test_the_largest_header_ends_in_time(folder: Path) -> None:
 
 
 def test_more_entries_than_can_be_are_not_decoded(folder: Path) -> None:
-    write(folder, model=framed(b"," * 2_000_001))
+    entry = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    entries = b",".join(entry % number for number in range(200_001))
+    write(folder, model=framed(b"{" + entries + b"}"))
     assert reason(folder) == "damaged: an impossible number of entries"
+    write(folder, model=framed(b'{"a":"' + b"x" * (1 << 20) + b'"}'))
+    assert reason(folder) == "damaged: an impossible number of entries"
+
+
+def test_metadata_may_hold_braces_and_stand_anywhere(folder: Path) -> None:
+    entries, data = header_of(TENSORS)
+    metadata = {"config": '{"a": {"b": "}"}}', "x": "}, {"}
+    rest = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+    first, *others = rest
+    for order in (
+        {"__metadata__": metadata, **rest},
+        {first: rest[first], "__metadata__": metadata, **{name: rest[name] for name in others}},
+        {**rest, "__metadata__": metadata},
+    ):
+        for text in (json.dumps(order), json.dumps(order, indent=2), json.dumps(order) + "  "):
+            write(folder, model=framed(text.encode()) + bytes(data))
+            assert read_folder(folder).weight_bytes == data
+
+
+def test_metadata_that_is_none(folder: Path) -> None:
+    write(folder, model=framed(b'{"__metadata__":[]}'))
+    assert reason(folder) == "damaged: not the JSON it should be"
+    write(folder, model=framed(b'{"__met\\u0061data__":{}}'))
+    assert reason(folder) == "damaged: not the JSON it should be"
+
+
+def test_a_config_of_more_entries_than_can_be(folder: Path) -> None:
+    write(folder)
+    (folder / "config.json").write_bytes(b"{" + b'"a":1,' * 100_001 + b'"a":1}')
+    assert reason(folder) == "config.json: damaged: an impossible number of entries"
+
+
+def test_the_largest_index_is_read_in_little_memory(folder: Path) -> None:
+    """As that of the largest model there is: 140,000 tensors in 62 files."""
+    write(folder)
+    names = [f"model-{no:05d}-of-00062.safetensors" for no in range(1, 63)]
+    experts = range(140_000)
+    weight_map = {f"model.layers.61.mlp.experts.{n}.down_proj": names[n % 62] for n in experts}
+    index = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(index)
+    tracemalloc.start()
+    assert reason(folder) == "62 of 62 parts missing: 1, 2, 3, …"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(index) + (8 << 20)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.gguf_writer import write_gguf
-from xandrouting.inventory import scan as scan_module
+from xandrouting.inventory import headers as headers_module
 from xandrouting.inventory.gguf import UnreadableGguf, read_gguf
 from xandrouting.inventory.model_file import ModelFile, Snapshot, shown
 from xandrouting.inventory.scan import HeaderCache, recheck, scan
@@ -33,7 +33,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         journal.append(path)
         return read_gguf(path)
 
-    monkeypatch.setattr(scan_module, "read_gguf", read)
+    monkeypatch.setattr(headers_module, "read_gguf", read)
     return journal
 
 
@@ -262,7 +262,7 @@ def test_unreadable_files_are_looked_at_again(root: Path, monkeypatch: pytest.Mo
         raise UnreadableGguf("unreadable: Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scan_module, "read_gguf", refuse)
+        patch.setattr(headers_module, "read_gguf", refuse)
         [model] = scan(root, cache).models
         assert model.problem == "unreadable: Too many open files"
     [model] = scan(root, cache).models

@@ -144,7 +144,8 @@ def test_a_key_is_not_shown() -> None:
     [
         ("", {}),
         ("a=http://h:1", {"a": "http://h:1"}),
-        (" a = http://h:1/v1 , b=https://x/?q=1,", {"a": "http://h:1/v1", "b": "https://x/?q=1"}),
+        (" a = http://h:1/v1 , b=https://x/q=1,", {"a": "http://h:1/v1", "b": "https://x/q=1"}),
+        ("a.b_c-1=https://[::1]:8000/api", {"a.b_c-1": "https://[::1]:8000/api"}),
     ],
 )
 def test_upstreams(text: str, upstreams: dict[str, str]) -> None:
@@ -164,10 +165,43 @@ def test_upstreams(text: str, upstreams: dict[str, str]) -> None:
         ("a=file:///etc/passwd", "begins with http:// or https://"),
         ("models=http://h:1", "cannot be an upstream's name"),
         ("a/b=http://h:1", "cannot be an upstream's name"),
+        ("a b=http://h:1", "cannot be an upstream's name"),
+        ("ä=http://h:1", "cannot be an upstream's name"),
+        ("a=http://h:1,a=http://h:2", "only once"),
+        ("a=http://", "cannot be"),
+        ("a=http://:80", "cannot be"),
+        ("a=http://h:99999", "cannot be"),
+        ("a=http://h:x", "cannot be"),
+        ("a=http://h:0", "cannot be"),
+        ("a=http://[::1", "cannot be"),
+        ("a=http://a..b", "cannot be"),
+        (f"a=http://{'a' * 64}.example", "cannot be"),
+        ("a=http://h/a b", "cannot be"),
+        ("a=http://h\r\nx: 1", "cannot be"),
+        ("a=http://me:secret@h:1", "upstream_keys"),
+        ("a=http://h:1/?key=secret", "upstream_keys"),
     ],
 )
 def test_what_is_no_upstream(text: str, words: str) -> None:
     assert words in refused(XANDROUTING_UPSTREAMS=text)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("a=k\r\nx-evil: 1", "the key of upstream a"),
+        ("a=k 1", "the key of upstream a"),
+        ("a=ké", "the key of upstream a"),
+        ("b=k", "no upstream is called b"),
+    ],
+)
+def test_what_is_no_key_of_an_upstream(keys: str, words: str) -> None:
+    said = refused(XANDROUTING_UPSTREAMS="a=http://h:1", XANDROUTING_UPSTREAM_KEYS=keys)
+    assert words in said
+
+
+def test_the_known_ollama_may_have_a_key() -> None:
+    assert settings(XANDROUTING_UPSTREAM_KEYS="ollama=k").upstream_keys == {"ollama": "k"}
 
 
 @pytest.mark.parametrize(
@@ -193,6 +227,8 @@ def test_the_address_of_ollama(text: str, url: str | None) -> None:
 
 def test_what_is_no_address_of_ollama() -> None:
     assert "begins with http:// or https://" in refused(OLLAMA_BASE_URL="ftp://gpu")
+    for text in ("gpu:port", "::1", ":11434", "http://gpu:99999"):
+        assert "cannot be" in refused(OLLAMA_BASE_URL=text)
 
 
 # Bad values.

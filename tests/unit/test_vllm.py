@@ -102,6 +102,7 @@ def test_on_the_processor() -> None:
         ("TORCHDYNAMO_DISABLE", "1"),
         ("CUDA_VISIBLE_DEVICES", ""),
         ("VLLM_CPU_OMP_THREADS_BIND", "{cores}"),
+        ("GOMP_SPINCOUNT", "1000"),
     )
     assert (launch.health_path, launch.ready_line, launch.order) == ("/health", None, "")
     assert (launch.stop_grace_s, launch.health_every_s) == (0.0, 0.5)

@@ -70,7 +70,7 @@ def test_engine_that_is_not_installed(server: Server, backend: str) -> None:
 
 
 def test_name_that_fits_both_formats_is_the_gguf(server: Server) -> None:
-    answer = server.chat(model="both", max_tokens=1)
+    answer = server.chat(model="both", backend="auto", max_tokens=1)
     assert ok(answer)["model"] == BOTH_GGUF
     assert answer.headers["x-xandrouting-engine"] == "llamacpp/cpu#1;auto=gguf"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -27,11 +27,32 @@ ENDED: Final = frozenset((JobState.COMPLETED, JobState.FAILED, JobState.CANCELLE
 """The states in which it is over, unless it is resumed."""
 
 
+_S = JobState
+TRANSITIONS: Final[Mapping[JobState, frozenset[JobState]]] = {
+    _S.PENDING: frozenset((_S.DOWNLOADING, _S.PAUSED, _S.COMPLETED, _S.FAILED, _S.CANCELLED)),
+    _S.DOWNLOADING: frozenset(
+        (_S.PENDING, _S.VERIFYING, _S.PAUSED, _S.COMPLETED, _S.FAILED, _S.CANCELLED)
+    ),
+    _S.VERIFYING: frozenset(
+        (_S.PENDING, _S.DOWNLOADING, _S.PAUSED, _S.COMPLETED, _S.FAILED, _S.CANCELLED)
+    ),
+    _S.PAUSED: frozenset((_S.PENDING, _S.CANCELLED)),
+    _S.FAILED: frozenset((_S.PENDING,)),
+    _S.COMPLETED: frozenset(),
+    _S.CANCELLED: frozenset(),
+}
+"""What a job may become. A restart of the gateway makes what moved pending."""
+
+
+class InvalidTransition(Exception):
+    """A job was to become what it cannot: a bug."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """One file of a repository. Of the two hashes the hub tells one: files in LFS have `sha256`.
 
-    `blob_id` is git's: the SHA-1 of `blob SIZE\\0` and the content.
+    `blob_id` is git's: the SHA-1 of the content behind a header of its kind and size.
     """
 
     path: str  # in the repository, with slashes
@@ -62,6 +83,15 @@ class Order:
         """All files together."""
         return sum(file.size for file in self.files)
 
+    def is_as(self, other: Order) -> bool:
+        """Whether it puts the same files into the same folder."""
+        return (self.endpoint, self.repo_id, self.commit, self.destination) == (
+            other.endpoint,
+            other.repo_id,
+            other.commit,
+            other.destination,
+        ) and frozenset(self.files) == frozenset(other.files)
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -76,7 +106,7 @@ class Job:
     """One download at one moment. Times are wall time, seconds since 1970.
 
     `done` is how many bytes of each file are on disk. `spent_s` is the time it was moving
-    before its last start, so that pauses do not count.
+    before it last stopped, `moving_since` when it began to move again; pauses do not count.
     """
 
     id: str
@@ -86,6 +116,7 @@ class Job:
     started_at: float | None = None
     ended_at: float | None = None
     spent_s: float = 0.0
+    moving_since: float | None = None  # None: it does not move
     done: Mapping[str, int] = field(default_factory=dict)
     failure: Failure | None = None
     model: str | None = None  # its loadable id, once it is completed
@@ -94,3 +125,13 @@ class Job:
     def done_bytes(self) -> int:
         """What is on disk, all files together."""
         return sum(self.done.values())
+
+    def become(self, state: JobState) -> Job:
+        """Return the job in another state.
+
+        Raises:
+            InvalidTransition: it cannot get there.
+        """
+        if state is not self.state and state not in TRANSITIONS[self.state]:
+            raise InvalidTransition(f"{self.id} is {self.state} and cannot be {state}")
+        return replace(self, state=state)

@@ -13,6 +13,8 @@ from xandrouting.core.errors import GatewayError, InvalidRequest, MethodNotAllow
 from xandrouting.http import lists
 from xandrouting.http.body import ClientLeft
 from xandrouting.http.decisions import device_items
+from xandrouting.http.deletion import add_deletion
+from xandrouting.http.downloads import DOWNLOAD_BODIES, add_download_calls
 from xandrouting.http.errors import headers_of, to_bytes
 from xandrouting.http.events import add_event_calls
 from xandrouting.http.inference import HOT_PATHS
@@ -21,7 +23,8 @@ from xandrouting.http.logs import add_log_calls
 from xandrouting.http.models import add_model_lists
 from xandrouting.http.openapi import describe
 from xandrouting.http.providers import add_provider_calls
-from xandrouting.http.router_calls import RouterRequest, add_router_calls
+from xandrouting.http.router_calls import add_router_calls
+from xandrouting.http.router_request import RouterRequest
 from xandrouting.http.schemas import ErrorAnswer, Health, ParkedItem, Root, SparesItem, System
 from xandrouting.http.services import Services
 from xandrouting.http.swap_calls import add_swap_calls
@@ -30,7 +33,7 @@ from xandrouting.proxy.request import LoadRequest, PinRequest, PlanRequest, Unlo
 SHOWN_PATHS = ("/v1/models", "/v1/models/loaded", "/v1/events", "/v1/system", "/health")
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer}
-    for status in (400, 401, 403, 404, 405, 413, 429, 500, 502, 503, 504)
+    for status in (400, 401, 403, 404, 405, 409, 413, 429, 500, 502, 503, 504, 507)
 }
 
 
@@ -51,8 +54,10 @@ def build_control(services: Services) -> FastAPI:
     add_router_calls(app, services)
     add_swap_calls(app, services)
     add_log_calls(app, services)
+    add_download_calls(app, services)
     add_model_lists(app, services)  # last: a model's id may be any path
-    bodies = (LoadRequest, PinRequest, PlanRequest, RouterRequest, UnloadRequest)
+    add_deletion(app, services)
+    bodies = (LoadRequest, PinRequest, PlanRequest, RouterRequest, UnloadRequest, *DOWNLOAD_BODIES)
     describe(app, HOT_PATHS, bodies)
     return app
 

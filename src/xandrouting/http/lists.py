@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import fields
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 
 from xandrouting.core.engine import EngineView
 from xandrouting.core.engine_state import EngineState
 from xandrouting.core.model import ENGINES, MemoryUse
 from xandrouting.http.decisions import decision_item, loading_item
+from xandrouting.http.inventory_schemas import InventoryFile, InventoryItem
 from xandrouting.http.schemas import (
-    InventoryFile,
-    InventoryItem,
+    EngineStatus,
     LoadedItem,
     MemoryItem,
     ModelItem,
     Status,
     UnloadResult,
 )
-from xandrouting.inventory.model_file import VIRTUAL_ROOT, ModelFile
+from xandrouting.inventory.model_file import VIRTUAL_ROOT, ModelFile, Traits
 from xandrouting.pool.engine import Engine
 from xandrouting.pool.pool import EnginePool
-from xandrouting.routing.catalog import SERVED_BY
+from xandrouting.routing.catalog import SERVED_BY, why_served_by
 
 GIB = 1 << 30
 MIB = 1 << 20
+_TRAITS = tuple(field.name for field in fields(Traits))
 
 _SHOWN_STATE = {
     EngineState.STARTING: "loading",
@@ -154,11 +155,6 @@ def status_of(file: ModelFile, pool: EnginePool) -> Status:
 def model_item(file: ModelFile, pool: EnginePool) -> ModelItem:
     """Describe a model as the OpenAI API does, and then some."""
     traits = file.traits
-    capabilities = ["embedding"] if traits.pooling else ["completion"]
-    if traits.chat_template and not traits.pooling:
-        capabilities.append("chat")
-    if traits.vision:
-        capabilities.append("vision")
     return ModelItem(
         id=file.id,
         created=int(file.modified),
@@ -167,16 +163,36 @@ def model_item(file: ModelFile, pool: EnginePool) -> ModelItem:
         quantization=file.quantization,
         backend=SERVED_BY[file.format],
         size_bytes=file.size_bytes,
-        capabilities=capabilities,
+        capabilities=capabilities_of(traits),
     )
 
 
-def inventory_item(file: ModelFile, pool: EnginePool, *, fits: bool | None) -> InventoryItem:
-    """Describe what lies on disk."""
+def capabilities_of(traits: Traits) -> list[str]:
+    """Return what a model can be asked for, as far as its files say."""
+    if traits.pooling:
+        return ["rerank"] if traits.ranking else ["embedding"]
+    found = ["completion"]
+    if traits.chat_template:
+        found.append("chat")
+    if traits.chat_template and traits.tools:
+        found.append("tools")
+    if traits.vision:
+        found.append("vision")
+    return found
+
+
+def inventory_item(
+    file: ModelFile,
+    pool: EnginePool,
+    backends: Mapping[str, EngineStatus],
+    *,
+    fits: bool | None,
+) -> InventoryItem:
+    """Describe what lies on disk; `backends` tells what can serve here."""
     traits = file.traits
     unread = file.header is None and file.safetensors is None
-    metadata = {} if unread else asdict(traits)
-    backends = [str(SERVED_BY[file.format])]
+    metadata = {} if unread else {name: getattr(traits, name) for name in _TRAITS}
+    names = [str(SERVED_BY[file.format])]
     size_gb = round(file.size_bytes / GIB, 2)
     folder = f"{VIRTUAL_ROOT}/{file.folder}".rstrip("/")
     return InventoryItem(
@@ -194,21 +210,34 @@ def inventory_item(file: ModelFile, pool: EnginePool, *, fits: bool | None) -> I
         file_count=len(file.files),
         files=[_file(part.relative, part.size_bytes, file.quantization) for part in file.files],
         quantization=file.quantization,
-        recommended_backend=backends[0],
-        recommended_backends=backends,
-        recommendedBackend=backends,
+        recommended_backend=names[0],
+        recommended_backends=names,
+        recommendedBackend=names,
+        recommended_reason=_why(file, backends.get(names[0])),
         is_loaded=status_of(file, pool).value == "loaded",
         has_config=file.safetensors is not None,
         config_metadata=metadata,
         metadata=metadata,
+        capabilities=[] if unread else capabilities_of(traits),
+        read_only=file.read_only,
         fits=fits,
         problem=file.problem,
     )
 
 
+def _why(file: ModelFile, status: EngineStatus | None) -> str:
+    """Return why a backend is recommended, and what it lacks here."""
+    reason = why_served_by(file.format)
+    if status is None or status.available or status.reason is None:
+        return reason
+    command = f" Install it with `{status.command}`." if status.command else ""
+    return f"{reason}. It cannot be used here: {status.reason}.{command}"
+
+
 def _file(relative: str, size_bytes: int, quantization: str | None) -> InventoryFile:
-    name = PurePosixPath(relative).name
-    kind = PurePosixPath(relative).suffix.removeprefix(".").lower()
+    name = relative.rpartition("/")[2]
+    stem, _, suffix = name.rpartition(".")
+    kind = suffix.lower() if stem else ""
     return InventoryFile(
         path=f"{VIRTUAL_ROOT}/{relative}",
         filename=name,

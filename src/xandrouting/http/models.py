@@ -12,13 +12,17 @@ from xandrouting.core.errors import (
     BackendUnavailable,
     DeviceUnavailable,
     EngineNotInstalled,
+    ModelNotFound,
 )
 from xandrouting.http import lists, upstream_lists
+from xandrouting.http.inventory_schemas import InventoryList
 from xandrouting.http.model_path import named
-from xandrouting.http.schemas import InventoryList, LoadedList, ModelItem, ModelList, Stats
+from xandrouting.http.schemas import LoadedList, ModelItem, ModelList, Stats
 from xandrouting.http.services import Services
 from xandrouting.inventory.model_file import ModelFile
 from xandrouting.proxy.request import Routing
+
+TOGETHER = 25  # models that are described before others have their turn
 
 
 def add_model_lists(app: FastAPI, services: Services) -> None:
@@ -28,7 +32,7 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
     @app.get("/v1/models", tags=["models"])
     async def models() -> ModelList:
         """List every loadable model."""
-        snapshot = await inventory.refresh()
+        snapshot = await inventory.look()
         whole = (file for file in snapshot.models if file.problem is None)
         items = [lists.model_item(file, pool) for file in whole]
         return ModelList(data=[*items, *upstream_lists.model_items(upstreams)])
@@ -48,10 +52,13 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
     @app.get("/v1/models/inventory", tags=["models"])
     async def on_disk() -> InventoryList:
         """List what lies under the models directory, damaged files too."""
-        snapshot = await inventory.refresh()
-        items = [
-            lists.inventory_item(file, pool, fits=_fits(services, file)) for file in snapshot.models
-        ]
+        snapshot = await inventory.look()
+        backends = services.backends()
+        items = []
+        for number, file in enumerate(snapshot.models):
+            if number % TOGETHER == 0:
+                await asyncio.sleep(0)  # a thousand models take longer than a token may
+            items.append(lists.inventory_item(file, pool, backends, fits=_fits(services, file)))
         total = sum(item.total_size_bytes for item in items)
         return InventoryList(
             models=items, total_models=len(items), total_size_gb=round(total / lists.GIB, 2)
@@ -68,9 +75,13 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
         item = upstream_lists.model_item(upstreams, model_id)
         if item is not None:
             return item
-        await inventory.refresh()
-        names = services.catalog.names()
-        return lists.model_item(names.resolve(named(model_id)), pool)
+        await inventory.look()
+        try:
+            file = services.catalog.names().resolve(named(model_id))
+        except ModelNotFound:
+            await inventory.refresh()  # it may have come since the last look
+            file = services.catalog.names().resolve(named(model_id))
+        return lists.model_item(file, pool)
 
 
 def _fits(services: Services, file: ModelFile) -> bool | None:

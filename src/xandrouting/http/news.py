@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from xandrouting.core.ledger import DeviceState
 from xandrouting.core.planner import Decision
+from xandrouting.downloads.jobs import JobState
+from xandrouting.downloads.running import View
 from xandrouting.http import lists
 from xandrouting.http.decisions import decision_item, device_items, loading_item
+from xandrouting.http.download_items import item_of
 from xandrouting.http.errors import body_of
+from xandrouting.inventory.inventory import Changes
 from xandrouting.pool.engine import EngineNews, News
 from xandrouting.pool.pool import EnginePool
 from xandrouting.telemetry.events import EventBus
@@ -19,6 +24,10 @@ from xandrouting.telemetry.logs import LogLine
 
 # What is worth a message of its own: an engine that left without anybody's wish.
 _NOTICES = {"evicted": "evicted", "idle": "ttl_unload", "sleep_failed": "sleep_failed"}
+_IDS_IN_AN_EVENT = 100
+
+
+_SHOWN_DOWNLOADS = 100  # in a snapshot
 
 
 class Newsroom:
@@ -27,11 +36,17 @@ class Newsroom:
     def __init__(self) -> None:
         self.bus = EventBus(self._snapshot)
         self._pool: EnginePool | None = None
+        self._downloads: Callable[[], Sequence[View]] = tuple
+        self._downloads_told: dict[str, JobState] = {}
         self._stale: frozenset[str] = frozenset()
 
     def attend(self, pool: EnginePool) -> None:
         """Take the pool whose state a snapshot shows. Before, there is nothing to show."""
         self._pool = pool
+
+    def attend_downloads(self, views: Callable[[], Sequence[View]]) -> None:
+        """Take where a snapshot has the downloads from, the newest first."""
+        self._downloads = views
 
     def engine_news(self, item: EngineNews) -> None:
         """Publish one change of an engine, and a notice where people will ask why."""
@@ -73,6 +88,32 @@ class Newsroom:
         elif item.news is News.FAILED and item.error is not None:
             self.bus.publish("notice", "notice", _failure(data))
 
+    def model_changes(self, changes: Changes) -> None:
+        """Publish which models came, went or are others now, some at a time."""
+        total = max(len(changes.added), len(changes.removed), len(changes.changed))
+        for first in range(0, total, _IDS_IN_AN_EVENT):
+            some = slice(first, first + _IDS_IN_AN_EVENT)
+            data = {
+                "at": time.time(),
+                "added": changes.added[some],
+                "removed": changes.removed[some],
+                "changed": changes.changed[some],
+            }
+            self.bus.publish("model", "inventory", data)
+
+    def download(self, view: View) -> None:
+        """Publish how a download is, and a notice when it has ended by itself."""
+        data = shown_download(view)
+        self.bus.publish("download", "download", data)
+        state, before = view.job.state, self._downloads_told.get(view.job.id)
+        self._downloads_told[view.job.id] = state
+        if state is before:
+            return
+        if state is JobState.COMPLETED or view.job.failure is not None:
+            kept = {name: data[name] for name in ("job_id", "repo_id", "model", "error")}
+            notice = {"kind": f"download_{state}", "at": time.time(), **kept}
+            self.bus.publish("notice", "notice", notice)
+
     def log_line(self, line: LogLine) -> None:
         """Publish a line of the log."""
         self.bus.publish("log", "log", dataclasses.asdict(line))
@@ -109,9 +150,14 @@ class Newsroom:
                 if lists.is_local(view)
             ],
             "requests": [],
-            "downloads": [],
+            "downloads": [shown_download(view) for view in self._downloads()[:_SHOWN_DOWNLOADS]],
             "system": {"devices": [item.model_dump() for item in device_items(devices)]},
         }
+
+
+def shown_download(view: View) -> dict[str, Any]:
+    """Describe a download without its files: there may be hundreds, four times a second."""
+    return item_of(view).model_dump(exclude={"files"})
 
 
 def _failure(data: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 
 import msgspec
 from fastapi import FastAPI, Query, Request
-from msgspec import Meta, Raw, Struct
+from msgspec import Raw
 
 from xandrouting.core.engine import EngineView
 from xandrouting.core.engine_state import EngineState
@@ -21,6 +21,12 @@ from xandrouting.core.model import Backend, LoadOptions
 from xandrouting.http import lists
 from xandrouting.http.lifecycle import body_bytes, engines_of, local_engines
 from xandrouting.http.openapi import request_body
+from xandrouting.http.router_downloads import (
+    RouterDownloads,
+    add_router_downloads,
+    cancel_download,
+)
+from xandrouting.http.router_request import RouterRequest
 from xandrouting.http.schemas import (
     Architecture,
     RouterModel,
@@ -43,7 +49,7 @@ PROPS_WAIT_S: Final = 10.0  # an engine answers between two batches
 
 _NO_LONGER: Final = (EngineState.DRAINING, EngineState.STOPPING)
 _ANSWERS: Final = (EngineState.READY, EngineState.DRAINING)
-_MODEL_EVENTS: Final = frozenset(("model",))
+_MODEL_EVENTS: Final = frozenset(("model", "download"))
 _STATUS_OF: Final = {
     News.STARTING: "loading",
     News.PROGRESS: "loading",
@@ -56,14 +62,9 @@ _ENCODE: Final = msgspec.json.Encoder().encode
 _RAW_OBJECT: Final = msgspec.json.Decoder(dict[str, Raw])
 
 
-class RouterRequest(Struct):
-    """A model to load or to unload."""
-
-    model: Annotated[str, Meta(min_length=1)]
-
-
 def add_router_calls(app: FastAPI, services: Services) -> None:
     """Add the calls that clients of llama-server's router use."""
+    add_router_downloads(app, services)
     parser = BodyParser(RouterRequest)
 
     @app.get("/models", tags=["llama-server"], response_model_exclude_none=True)
@@ -74,7 +75,8 @@ def add_router_calls(app: FastAPI, services: Services) -> None:
         ] = "",
     ) -> RouterModels:
         """List every model as llama-server's router does."""
-        snapshot = await services.inventory.refresh()
+        inventory = services.inventory
+        snapshot = await (inventory.refresh() if reload else inventory.look())
         if reload:
             await _unload(services, _outdated(services, snapshot.models))
             services.bus.publish("model", "models_reload", {})
@@ -105,6 +107,8 @@ def add_router_calls(app: FastAPI, services: Services) -> None:
             names = {view.engine.key.model for view, _ in going}
             model = names.pop() if names else services.catalog.names().resolve(wanted.model).id
         except ModelNotFound as error:
+            if await cancel_download(services, wanted.model):
+                return Success()
             raise InvalidRequest(f"model is not found: {error.message}", param="model") from None
         # A load that waits for its turn has no engine yet.
         queued = [job for job in services.loads.under_way(model) if not going]
@@ -158,6 +162,7 @@ class RouterNews:
 
     def __init__(self, is_left: Callable[[str], bool]) -> None:
         self._is_left = is_left
+        self._downloads = RouterDownloads()
         self._began = False
 
     def __call__(self, event: Event) -> bytes:
@@ -170,6 +175,8 @@ class RouterNews:
         if event.kind == "models_reload" or (event.kind == "snapshot" and not first):
             # A later snapshot stands for events that were lost.
             return {"model": "*", "event": "models_reload"}
+        if event.kind == "download":
+            return self._downloads.told(event.data)
         if event.kind != "model":
             return None
         news, model = event.data["event"], event.data["id"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 
 class ErrorInfo(BaseModel):
@@ -337,58 +337,6 @@ class LoadedList(BaseModel):
     models: list[LoadedItem]
     loaded_models: list[LoadedItem]
     total_count: int
-
-
-class InventoryFile(BaseModel):
-    """One file of a model."""
-
-    path: str
-    filename: str
-    name: str
-    size_bytes: int
-    size_mb: float
-    size_gb: float
-    file_type: str
-    type: str
-    quantization: str | None
-
-
-class InventoryItem(BaseModel):
-    """One loadable thing on disk, or one that would be loadable without its `problem`."""
-
-    name: str
-    model_name: str
-    path: str
-    model_path: str
-    type: str
-    model_type: str
-    size: int
-    total_size_bytes: int
-    size_gb: float
-    total_size_gb: float
-    sizeGB: str  # noqa: N815 - the older server's name
-    file_count: int
-    files: list[InventoryFile]
-    quantization: str | None
-    recommended_backend: str
-    recommended_backends: list[str]
-    recommendedBackend: list[str]  # noqa: N815 - the older server's name
-    is_loaded: bool
-    has_config: bool
-    config_metadata: dict[str, Any]
-    metadata: dict[str, Any]
-    fits: bool | None = Field(
-        description="Whether it can be loaded here with its default options; null: it is damaged."
-    )
-    problem: str | None
-
-
-class InventoryList(BaseModel):
-    """What lies under the models directory."""
-
-    models: list[InventoryItem]
-    total_models: int
-    total_size_gb: float
 
 
 class Stats(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from xandrouting.downloads.downloads import Downloads
 from xandrouting.http.inference import InferenceApi
 from xandrouting.http.loads import Loads
 from xandrouting.http.schemas import EngineStatus
@@ -24,7 +25,8 @@ class Services:
     """The rooms behind the control calls. `backends` tells what can serve here, and why not.
 
     `default_ttl_s` is how long a model idles whose requests do not say. `max_loaded` is how
-    many engines there may be at once; None: as many as fit.
+    many engines there may be at once; None: as many as fit. `is_downloaded_into` tells whether a
+    download writes into a folder of the models directory, or below it.
     """
 
     version: str
@@ -42,3 +44,5 @@ class Services:
     logs: LogBook
     backends: Callable[[], Mapping[str, EngineStatus]]
     default_ttl_s: float
+    downloads: Downloads
+    is_downloaded_into: Callable[[str], bool] = lambda _: False

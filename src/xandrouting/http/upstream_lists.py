@@ -18,7 +18,7 @@ from xandrouting.http.schemas import (
 )
 from xandrouting.proxy.request import LoadRequest, UnloadRequest
 from xandrouting.routing.catalog import REMOTE
-from xandrouting.upstreams.ollama import canonical
+from xandrouting.upstreams.ollama import is_same
 from xandrouting.upstreams.upstreams import Upstreams
 from xandrouting.upstreams.values import RemoteModel, RunningModel, UpstreamState
 
@@ -41,11 +41,11 @@ def model_item(upstreams: Upstreams, name: str) -> ModelItem | None:
     if found is None:
         return None
     state, asked = found
-    if state.backend is Backend.OLLAMA:
-        asked = canonical(asked)
-    for item in model_items(upstreams):
-        if item.id == f"{state.name}/{asked}":
-            return item
+    is_ollama = state.backend is Backend.OLLAMA
+    if state.available or not is_ollama:
+        for model in state.listing.models:
+            if is_same(model.id, asked) if is_ollama else model.id == asked:
+                return _model_item(state, model, {one.id for one in state.listing.running})
     why = f"lists no model '{asked[:200]}'" if state.available else f"is down: {state.reason}"
     raise ModelNotFound(
         f"The upstream {state.name} {why}. GET /v1/models lists all.", param="model"

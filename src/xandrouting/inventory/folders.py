@@ -23,6 +23,7 @@ from xandrouting.inventory.safetensors import (
     UnreadableSafetensors,
     read_folder,
 )
+from xandrouting.inventory.templates import takes_tools
 
 WEIGHTS: Final = ".safetensors"
 _CONFIG: Final = "config.json"
@@ -32,6 +33,7 @@ _TEMPLATE: Final = "chat_template.jinja"
 _TEMPLATE_JSON: Final = "chat_template.json"
 _SENTENCES: Final = "sentence_bert_config.json"
 _MAX_TEXT_FILE: Final = 16 << 20
+_MAX_TEMPLATE: Final = 1 << 20  # a longer one counts as absent
 # A tokenizer is one of these, or the two halves of a byte-pair encoding, or code of its own.
 _TOKENIZERS: Final = frozenset(
     ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.txt", "spiece.model")
@@ -45,7 +47,7 @@ class _NamedTemplate(msgspec.Struct):
 
 
 class _Templates(msgspec.Struct):
-    chat_template: str | list[_NamedTemplate] | None = None
+    chat_template: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Sentences(msgspec.Struct):
@@ -64,8 +66,11 @@ class _Tokenizer(msgspec.Struct):
 
 _POSITIONS_DECODER: Final = msgspec.json.Decoder(_Positions)
 _TOKENIZER_DECODER: Final = msgspec.json.Decoder(_Tokenizer)
-_TEMPLATE_DECODER: Final = msgspec.json.Decoder(_Templates)
+_TEMPLATES_DECODER: Final = msgspec.json.Decoder(_Templates)
+_TEMPLATE_DECODER: Final = msgspec.json.Decoder(str | list[_NamedTemplate] | None)
 _SENTENCES_DECODER: Final = msgspec.json.Decoder(_Sentences)
+
+_UNREAD: Final = (".md", ".png", ".jpg", ".pdf", "LICENSE")  # by an engine
 
 Found = FolderModel | str
 """What a folder holds, or why it cannot be loaded."""
@@ -91,30 +96,18 @@ class Folder:
         )
 
 
-class FolderCache:
-    """Folders read before, for as long as their files stay the same."""
+def read_folder_model(path: Path, folder: Folder) -> Found:
+    """Return what `folder`, which lies at `path`, holds. It blocks for a millisecond a part.
 
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[object, ...], Found]] = {}
-
-    def read(self, base: str, folder: Folder) -> Found:
-        """Return what `folder` holds. It blocks for about a millisecond a part."""
-        known = self._known.get(folder.relative)
-        if known is not None and known[0] == folder.identity:
-            return known[1]
-        found: Found
-        try:
-            found = _read(Path(base, folder.relative), folder)
-        except UnreadableSafetensors as error:
-            return str(error)  # not kept: the next look may succeed on the same files
-        except InvalidSafetensors as error:
-            found = str(error)
-        self._known[folder.relative] = folder.identity, found
-        return found
-
-    def keep_only(self, folders: frozenset[str]) -> None:
-        """Forget the folders that are no longer there."""
-        self._known = {name: known for name, known in self._known.items() if name in folders}
+    Raises:
+        UnreadableSafetensors: the system refuses; the same files may do later.
+    """
+    try:
+        return _read(path, folder)
+    except UnreadableSafetensors:
+        raise
+    except InvalidSafetensors as error:
+        return str(error)
 
 
 def holds_weights(names: list[str]) -> bool:
@@ -152,9 +145,8 @@ def _add(folder: Folder, base: str, entry: os.DirEntry[str]) -> None:
         folder.files[entry.name] = status
 
 
-def model_of(base: str, folder: Folder, cache: FolderCache) -> ModelFile:
-    """Return a folder as a model; its `problem` says why it cannot be loaded."""
-    found = cache.read(base, folder)
+def model_of(base: str, folder: Folder, found: Found) -> ModelFile:
+    """Return a folder, in which this was found, as a model."""
     model = found if isinstance(found, FolderModel) else None
     inside = f"{folder.relative}/"
     files = tuple(
@@ -171,7 +163,9 @@ def model_of(base: str, folder: Folder, cache: FolderCache) -> ModelFile:
         problem=found if isinstance(found, str) else None,
         modified=max((s.st_mtime for s in folder.files.values()), default=0.0),
         revision="+".join(
-            f"{s.st_size}-{s.st_mtime_ns}-{s.st_ino}" for _, s in sorted(folder.files.items())
+            f"{s.st_size}-{s.st_mtime_ns}-{s.st_ino}"
+            for name, s in sorted(folder.files.items())
+            if not name.endswith(_UNREAD)
         ),
         format=ModelFormat.SAFETENSORS,
         safetensors=model,
@@ -195,11 +189,13 @@ def _read(path: Path, folder: Folder) -> FolderModel:
     length = _sentence_length(path, folder)
     if length is None:
         length = _tokenized_length(path, folder, shape.max_position_embeddings)
+    template = _template(path, folder)
     return FolderModel(
         replace(shape, max_position_embeddings=length),
-        chat_template=_template(path, folder),
+        chat_template=template,
         pooling="modules.json" in names,
         vision="preprocessor_config.json" in names,
+        tools=takes_tools(template),
     )
 
 
@@ -232,11 +228,15 @@ def _tokenized_length(path: Path, folder: Folder, positions: int | None) -> int 
 def _template(path: Path, folder: Folder) -> str:
     """Return the chat template; what cannot be read as one is none."""
     if _TEMPLATE in folder.files:
-        return _text(path / _TEMPLATE).decode(errors="replace")
+        text = _text(path / _TEMPLATE)
+        return text.decode(errors="replace") if len(text) <= _MAX_TEMPLATE else ""
     for name in (_TEMPLATE_JSON, _TOKENIZER_CONFIG):
         if name in folder.files:
             try:
-                said = _TEMPLATE_DECODER.decode(_text(path / name)).chat_template
+                raw = _TEMPLATES_DECODER.decode(_text(path / name)).chat_template
+                if memoryview(raw).nbytes > _MAX_TEMPLATE:
+                    return ""
+                said = _TEMPLATE_DECODER.decode(raw)
             except (msgspec.DecodeError, ValueError, RecursionError):
                 return ""
             if said:

@@ -28,6 +28,7 @@ from xandrouting.inventory.quantization import (
     TENSOR_TYPES,
     quantization_of,
 )
+from xandrouting.inventory.templates import takes_tools
 
 __all__ = ["GgufHeader", "InvalidGguf", "UnreadableGguf", "join_parts", "read_gguf"]
 
@@ -50,7 +51,9 @@ _TEXTS: Final = {
     "general.name": 4096,
     "general.size_label": 256,
     "tokenizer.chat_template": 1 << 20,
+    "tokenizer.chat_template.tool_use": 1 << 20,
 }
+_TEMPLATES: Final = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
 _NUMBERS: Final = frozenset(
     {"general.file_type", "general.alignment", "split.count", "split.no"},
 )
@@ -122,6 +125,7 @@ class GgufHeader:
     vocab_size: int | None
     pooling_type: int | None  # 0 none, 1 mean, 2 cls, 3 last, 4 rank
     chat_template: str | None
+    tools: bool  # a template of its puts a request's tools into the prompt
     split_count: int | None
     split_no: int | None  # from 0
     file_type: str | None  # what the header claims, `Q4_K_M`
@@ -399,6 +403,7 @@ def _header(
         vocab_size=vocabulary or number("vocab_size"),
         pooling_type=number("pooling_type"),
         chat_template=_text(metadata, "tokenizer.chat_template"),
+        tools=any(takes_tools(_text(metadata, key) or "") for key in _TEMPLATES),
         split_count=_integer(metadata, "split.count"),
         split_no=_integer(metadata, "split.no"),
         file_type=file_type,

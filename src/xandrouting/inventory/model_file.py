@@ -19,8 +19,12 @@ _MAX_PARTS: Final = 1000
 _PART: Final = re.compile(
     r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE
 )
-# A backslash, control characters, and what bytes that are no UTF-8 become.
-_UNNAMEABLE: Final = re.compile("[\\\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_RANKS: Final = 4  # a GGUF's pooling type
+# A backslash, control characters, what bytes that are no UTF-8 become, and what a launcher would
+# fill in on an engine's command line.
+_UNNAMEABLE: Final = re.compile(
+    "[\\\\\x00-\x1f\x7f-\x9f\ud800-\udfff]|\\{(?:port|key|cores|scratch)\\}"
+)
 
 
 class ModelFormat(StrEnum):
@@ -38,6 +42,7 @@ class FolderModel:
     chat_template: str  # empty: it says none
     pooling: bool  # it says how to pool: a model made for embeddings or ranking
     vision: bool  # it says how to prepare images or sound
+    tools: bool = False  # its template puts a request's tools into the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ class Traits:
     vocab_size: int | None = None
     chat_template: bool = False
     pooling: bool = False  # it is made for embeddings or ranking
+    ranking: bool = False
+    tools: bool = False  # its template puts tools into the prompt
     vision: bool = False
 
 
@@ -81,7 +88,8 @@ class ModelFile:
     revision: str  # changes whenever a file does
     mmproj: Path | None = None  # the projector that gives it eyes
     mmproj_bytes: int = 0
-    spellings: tuple[str, ...] = ()  # symlinks inside the root, relative to it
+    spellings: tuple[str, ...] = ()  # symlinks inside the root, as ids without `/models/`
+    read_only: bool = False  # it lies in a further root, which is not ours to change
     format: ModelFormat = ModelFormat.GGUF
     safetensors: FolderModel | None = None
 
@@ -126,6 +134,8 @@ def _traits_of_header(header: GgufHeader | None, *, vision: bool) -> Traits:
         vocab_size=header.vocab_size,
         chat_template=header.chat_template is not None,
         pooling=bool(header.pooling_type),
+        ranking=header.pooling_type == _RANKS,
+        tools=header.tools,
         vision=vision,
     )
 
@@ -142,6 +152,7 @@ def _traits_of_folder(model: FolderModel) -> Traits:
         vocab_size=shape.vocab_size,
         chat_template=bool(model.chat_template),
         pooling=model.pooling,
+        tools=model.tools,
         vision=model.vision,
     )
 

@@ -75,7 +75,7 @@ def root_of(roots: Sequence[Root], seen: str) -> tuple[Root, str]:
 
 def _names_in(folder: Path) -> list[str]:
     try:
-        return os.listdir(folder)
+        return [entry.name for entry in folder.iterdir()]
     except OSError:
         return []
 

@@ -6,31 +6,38 @@ the shards' headers tell the same, and they are what an engine reads.
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
-import stat
-import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, NamedTuple, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 
-_MAX_HEADER_BYTES: Final = 100_000_000  # the format's own bound
-_MAX_CONFIG_BYTES: Final = 16 << 20
-_MAX_ITEMS: Final = 2_000_000  # a tensor makes about ten; 384 experts in 61 layers are 140,000
+from xandrouting.inventory.safetensors_part import (
+    InvalidSafetensors,
+    Part,
+    UnreadableSafetensors,
+    decode,
+    naming,
+    read_all,
+    read_index,
+    read_part,
+)
+
+__all__ = ["InvalidSafetensors", "SafetensorsModel", "UnreadableSafetensors", "read_folder"]
+
+_MAX_CONFIG_BYTES: Final = 4 << 20
+_MAX_CONFIG_ITEMS: Final = 200_000
 _MAX_PARTS: Final = 10_000
 _MAX_LAYERS: Final = 4096
-_LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
-
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 _CONFIG: Final = "config.json"
-# Where a model that sees or hears keeps the shape of its language half.
-_NESTED: Final = ("text_config", "llm_config", "language_config")
+# Where a model that sees or hears keeps the shape of its language half; the first may hold the
+# second.
+_NESTED: Final = ("thinker_config", "text_config", "llm_config", "language_config")
 # The least of them holds, as for vLLM.
 _CONTEXT_LENGTHS: Final = (
     "max_position_embeddings",
@@ -44,22 +51,6 @@ _CONTEXT_LENGTHS: Final = (
 )
 # Layers that keep a state of fixed size and no keys and values.
 _STATE_LAYERS: Final = frozenset({"linear_attention", "mamba", "conv", "recurrent"})
-_DTYPE_BITS: Final = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-
-
-class InvalidSafetensors(ValueError):
-    """No engine could load this folder; the text says why and never names a path."""
-
-
-class UnreadableSafetensors(InvalidSafetensors):
-    """The system refused to read a file: nothing is known of its content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +77,7 @@ class SafetensorsModel:
     head_dim: int | None
     kv_latent_dim: int | None  # what a layer keeps of one token where it is compressed (MLA)
     max_position_embeddings: int | None
+    stretches: bool  # it says how to go beyond that, so what it can take is the engine's to say
     vocab_size: int | None
     sliding_window: int | None  # tokens; None: no layer slides
     layer_types: tuple[str, ...]  # one per layer, or none
@@ -131,8 +123,8 @@ class SafetensorsModel:
 def read_folder(path: str | os.PathLike[str]) -> SafetensorsModel:
     """Read the headers and the config of the folder at `path`, and check that it is whole.
 
-    It blocks: under a millisecond for each part of a usual model, under a second and 300 MB
-    for the largest header there can be.
+    It blocks: under a millisecond for each part of a usual model, under a second for the
+    largest header there can be.
 
     Raises:
         UnreadableSafetensors: the system refuses; the same folder may do later.
@@ -142,16 +134,16 @@ def read_folder(path: str | os.PathLike[str]) -> SafetensorsModel:
     files = _files(folder)
     if _CONFIG not in files:
         raise InvalidSafetensors("config.json is missing")
-    with _naming(_CONFIG):
+    with naming(_CONFIG):
         config = _read_config(folder / _CONFIG)
     names = _part_names(folder, files)
-    parts: list[_Part] = []
+    parts: list[Part] = []
     for no, name in enumerate(names, 1):
-        with _naming(f"part {no} of {len(names)}" if len(names) > 1 else ""):
-            parts.append(_read_part(folder / name))
+        with naming(f"part {no} of {len(names)}" if len(names) > 1 else ""):
+            parts.append(read_part(folder / name))
     if not any(part.parameters for part in parts):
         raise InvalidSafetensors("no weights: its files hold no tensors")
-    with _naming(_CONFIG):
+    with naming(_CONFIG):
         return _model(config, names, parts)
 
 
@@ -165,9 +157,8 @@ def _files(folder: Path) -> frozenset[str]:
 
 def _part_names(folder: Path, files: frozenset[str]) -> tuple[str, ...]:
     if _INDEX in files:
-        with _naming(_INDEX):
-            index = _decode(_INDEX_JSON, _read_all(folder / _INDEX, _MAX_HEADER_BYTES))
-        names = tuple(sorted(set(index.weight_map.values())))
+        with naming(_INDEX):
+            names = tuple(read_index(folder / _INDEX))
     else:
         names = (_SINGLE,) if _SINGLE in files else ()
     if not names:
@@ -183,145 +174,8 @@ def _part_names(folder: Path, files: frozenset[str]) -> tuple[str, ...]:
     return names
 
 
-class _Part(NamedTuple):
-    type_bytes: Counter[str]
-    parameters: int
-    file_size: int
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-_Offset = Annotated[int, msgspec.Meta(ge=0, lt=1 << 60)]
-
-
-class _Tensor(msgspec.Struct):
-    dtype: str
-    shape: Annotated[list[_Offset], msgspec.Meta(max_length=16)]
-    data_offsets: tuple[_Offset, _Offset]
-
-
-_INDEX_JSON: Final = msgspec.json.Decoder(_Index)
 _OBJECT_JSON: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_TENSOR_JSON: Final = msgspec.json.Decoder(_Tensor)
 _T = TypeVar("_T")
-
-
-def _read_part(path: Path) -> _Part:
-    with _opened(path) as (fd, file_size):
-        header = _read_header(fd, file_size)
-    tensors = _decode(_OBJECT_JSON, header)
-    tensors.pop("__metadata__", None)
-    type_bytes: Counter[str] = Counter()
-    spans: list[tuple[int, int]] = []
-    parameters = 0
-    for raw in tensors.values():
-        tensor = _decode(_TENSOR_JSON, raw)
-        begin, end = tensor.data_offsets
-        values = math.prod(tensor.shape)
-        bits = _DTYPE_BITS.get(tensor.dtype)
-        # A dtype newer than the table is no damage.
-        if bits is not None and end - begin != -(-values * bits // 8):
-            raise InvalidSafetensors("header damaged: a tensor's size is not that of its shape")
-        spans.append((begin, end))
-        type_bytes[tensor.dtype] += end - begin
-        parameters += values
-    end = _end_of(spans)
-    whole = 8 + len(header) + end
-    if file_size < whole:
-        raise InvalidSafetensors(
-            f"cut short: the header says {whole} bytes, the file has {file_size}"
-        )
-    if file_size > whole:
-        raise InvalidSafetensors("damaged: there is more in the file than its header says")
-    return _Part(type_bytes, parameters, file_size)
-
-
-def _read_header(fd: int, file_size: int) -> bytes:
-    head = os.pread(fd, len(_LFS_POINTER), 0)
-    if not head:
-        raise InvalidSafetensors("empty file")
-    if head == _LFS_POINTER:
-        raise InvalidSafetensors("a git-lfs pointer, not the model")
-    if len(head) < 8:
-        raise InvalidSafetensors("cut short: the file ends inside its header")
-    length: int = struct.unpack_from("<Q", head)[0]
-    if length > _MAX_HEADER_BYTES:
-        raise InvalidSafetensors("not a safetensors file, or its header is damaged")
-    header = os.pread(fd, length, 8) if length <= file_size else b""
-    if len(header) < length:
-        raise InvalidSafetensors("cut short: the file ends inside its header")
-    _check_items(header)
-    return header
-
-
-def _check_items(text: bytes) -> None:
-    # Before it is decoded, which can take fifty times the memory.
-    if text.count(b",") + text.count(b":") > _MAX_ITEMS:
-        raise InvalidSafetensors("damaged: an impossible number of entries")
-
-
-def _end_of(spans: list[tuple[int, int]]) -> int:
-    """Return where the last tensor ends; they must lie one behind the other."""
-    at = 0
-    for begin, end in sorted(spans):
-        if begin != at or end < begin:
-            raise InvalidSafetensors("header damaged: tensors overlap or leave a gap")
-        at = end
-    return at
-
-
-@contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Put `where` before what is wrong."""
-    try:
-        yield
-    except InvalidSafetensors as error:
-        if not where:
-            raise
-        raise type(error)(f"{where}: {error}") from error
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, int]]:
-    """Open a file for reading; yield its descriptor and its size."""
-    try:
-        # A named pipe would block in open() without O_NONBLOCK.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise InvalidSafetensors("not a regular file")
-            yield fd, status.st_size
-        finally:
-            os.close(fd)
-    except FileNotFoundError as error:
-        raise InvalidSafetensors("missing: a symlink that leads nowhere") from error
-    except OSError as error:
-        raise UnreadableSafetensors(f"unreadable: {error.strerror}") from error
-
-
-def _read_all(path: Path, max_bytes: int) -> bytes:
-    with _opened(path) as (fd, size):
-        if size > max_bytes:
-            raise InvalidSafetensors("too large to be true")
-        text = os.pread(fd, size, 0)
-    if text.startswith(_LFS_POINTER):
-        raise InvalidSafetensors("a git-lfs pointer, not the model")
-    _check_items(text)
-    return text
-
-
-def _decode(decoder: msgspec.json.Decoder[_T], data: bytes | msgspec.Raw) -> _T:
-    try:
-        return decoder.decode(data)
-    except msgspec.ValidationError as error:
-        raise InvalidSafetensors("damaged: not the JSON it should be") from error
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise InvalidSafetensors("damaged: not JSON") from error
-
-
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 _COUNT_JSON: Final = msgspec.json.Decoder(_Count | None)
 _COUNTS_JSON: Final = msgspec.json.Decoder(_Count | list[_Count | None] | None)
@@ -342,24 +196,28 @@ _TEXTS_JSON: Final = msgspec.json.Decoder(
 
 
 def _read_config(path: Path) -> Mapping[str, msgspec.Raw]:
-    config = _decode(_OBJECT_JSON, _read_all(path, _MAX_CONFIG_BYTES))
+    text = read_all(path, _MAX_CONFIG_BYTES)
+    if text.count(b",") + text.count(b":") > _MAX_CONFIG_ITEMS:
+        # Before it is decoded, which can take fifty times the memory.
+        raise InvalidSafetensors("damaged: an impossible number of entries")
+    config = decode(_OBJECT_JSON, text)
     for name in _NESTED:
         if name in config and bytes(config[name]).startswith(b"{"):
-            nested = _decode(_OBJECT_JSON, config[name])
+            nested = decode(_OBJECT_JSON, config[name])
             nested.pop("architectures", None)  # the half's own; the engine goes by the whole's
-            return config | {key: raw for key, raw in nested.items() if bytes(raw) != b"null"}
+            config |= {key: raw for key, raw in nested.items() if bytes(raw) != b"null"}
     return config
 
 
 def _model(
-    config: Mapping[str, msgspec.Raw], names: tuple[str, ...], parts: Sequence[_Part]
+    config: Mapping[str, msgspec.Raw], names: tuple[str, ...], parts: Sequence[Part]
 ) -> SafetensorsModel:
     def value(decoder: msgspec.json.Decoder[_T | None], *names: str) -> _T | None:
         """Return the first of `names` that the config says."""
         for name in names:
             if name in config:
-                with _naming(name):
-                    found = _decode(decoder, config[name])
+                with naming(name):
+                    found = decode(decoder, config[name])
                 if found is not None:
                     return found
         return None
@@ -398,6 +256,7 @@ def _model(
         head_dim=count("head_dim"),
         kv_latent_dim=None if rank is None else rank + (rope or 0),
         max_position_embeddings=min(filter(None, map(count, _CONTEXT_LENGTHS)), default=None),
+        stretches=_stretches(config),
         vocab_size=count("vocab_size", "padded_vocab_size"),
         sliding_window=_window(
             value(_SIGNED_JSON, "sliding_window"), used=value(_FLAG_JSON, "use_sliding_window")
@@ -409,6 +268,14 @@ def _model(
         ),
         first_sliding_layer=count("max_window_layers") or 0,
     )
+
+
+def _stretches(config: Mapping[str, msgspec.Raw]) -> bool:
+    """Whether it says that a context beyond its own may do."""
+    said = {name: bytes(raw) for name, raw in config.items() if bytes(raw) != b"null"}
+    # Newer configs always have the second, for the rotation without any scaling too.
+    scaled = "rope_scaling" in said or b'"factor"' in said.get("rope_parameters", b"")
+    return scaled or "model_max_length" in said
 
 
 def _window(tokens: int | None, *, used: bool | None) -> int | None:

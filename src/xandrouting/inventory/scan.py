@@ -1,266 +1,225 @@
-"""Find the models under a root folder.
-
-Only real folders are walked, so a loop of symlinks cannot hold the scan up; a symlink is
-another spelling of what it leads to. What a symlink leads to outside the root is never opened.
-"""
+"""Find the models under the roots, from the files and headers that lie there."""
 
 from __future__ import annotations
 
-import logging
 import os
-import stat
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from xandrouting.inventory import folders
-from xandrouting.inventory.folders import FolderCache
-from xandrouting.inventory.gguf import (
-    GgufHeader,
-    InvalidGguf,
-    UnreadableGguf,
-    join_parts,
-    read_gguf,
-)
+from xandrouting.inventory.gguf import GgufHeader, join_parts
+from xandrouting.inventory.headers import Header, HeaderCache
 from xandrouting.inventory.model_file import (
     VIRTUAL_ROOT,
     ModelFile,
     ModelFormat,
     ModelPart,
     Snapshot,
-    is_gguf,
-    is_nameable,
     part_match,
     part_names,
 )
 from xandrouting.inventory.projectors import with_projectors
+from xandrouting.inventory.roots import Root, root_of
+from xandrouting.inventory.walk import Tree, real_file, walk
 
-log = logging.getLogger(__name__)
-
+TELL_EVERY_S: Final = 0.5
 _NO_MODELS: Final = {
     "adapter": "an adapter, not a model of its own",
     "imatrix": "an importance matrix, not a model",
 }
-Header = GgufHeader | str
-"""A header, or why there is none."""
 
 
-class HeaderCache:
-    """Headers read before, for as long as their files stay the same."""
+class ScanStopped(Exception):
+    """Nobody wants the scan's result any more."""
 
-    def __init__(self) -> None:
-        self.folders = FolderCache()
-        self._known: dict[str, tuple[tuple[int, ...], Header]] = {}
 
-    def read(self, path: str, status: os.stat_result) -> Header:
-        """Return the header of `path`, which was just seen with `status`."""
-        identity = (
-            status.st_dev,
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-        )
-        known = self._known.get(path)
-        if known is not None and known[0] == identity:
-            return known[1]
-        header: Header
-        try:
-            header = read_gguf(path)
-        except UnreadableGguf as error:
-            return str(error)  # not kept: the next look may succeed on the same file
-        except InvalidGguf as error:
-            header = str(error)
-        self._known[path] = identity, header
-        return header
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What one look at all roots found. `folders` are those that were walked, as real paths."""
 
-    def keep_only(self, paths: Collection[str]) -> None:
-        """Forget the files that are no longer there."""
-        self._known = {path: known for path, known in self._known.items() if path in paths}
+    snapshot: Snapshot
+    folders: frozenset[str]
 
 
 def scan(root: Path, cache: HeaderCache) -> Snapshot:
-    """Find every model under `root`. A root that does not exist holds none.
+    """Find every model under one models directory."""
+    return scan_all((Root(root),), cache).snapshot
 
-    It blocks: about 10 ms for each file not in `cache`. Hidden files and folders are skipped.
+
+def scan_all(
+    roots: Sequence[Root],
+    cache: HeaderCache,
+    *,
+    before: Snapshot = Snapshot(),  # noqa: B008 - frozen
+    tell: Callable[[Snapshot], None] = lambda _: None,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Scan:
+    """Find every model under the roots. A root that does not exist holds none.
+
+    It blocks: about 10 ms for each file not in `cache`. While it reads, `tell` hears every
+    half a second what is known so far: what was read, and what was there `before` and still is.
+    Hidden files and folders are skipped.
+
+    Raises:
+        ScanStopped: `is_stopped` said so.
     """
-    base = os.path.realpath(root).rstrip("/")
-    tree = _walk(base)
-    headers = {
-        relative: cache.read(f"{base}/{relative}", status)
-        for relative, status in tree.files.items()
-    }
-    cache.keep_only({f"{base}/{relative}" for relative in headers})
-    cache.folders.keep_only(frozenset(tree.models))
-    projectors = {name for name, header in headers.items() if _is_projector(name, header)}
-    candidates = _candidates(
-        {name: status for name, status in tree.files.items() if name not in projectors}
+    looks = [_Look(root, base := root.base, walk(base)) for root in roots]
+    told_at = time.monotonic()
+    for _ in _read(looks, cache):
+        if is_stopped():
+            raise ScanStopped
+        if time.monotonic() >= told_at + TELL_EVERY_S:
+            tell(_so_far(looks, before))
+            told_at = time.monotonic()
+    cache.keep_only(
+        {look.path(name) for look in looks for name in look.headers},
+        {look.path(name) for look in looks for name in look.tree.models},
     )
-    models = [_model(base, candidate, headers) for candidate in candidates]
-    sizes = {
-        name: tree.files[name].st_size
-        for name in projectors
-        if isinstance(headers[name], GgufHeader)
-    }
-    models = with_projectors(base, models, sizes)
-    for relative in tree.models:
-        folder = folders.look(base, relative)
-        if folder is not None:
-            models.append(folders.model_of(base, folder, cache.folders))
-    spellings = tree.spellings()
-    models = [
-        replace(model, spellings=tuple(sorted(spellings[model.relative])))
-        if model.relative in spellings
-        else model
-        for model in models
-    ]
-    return Snapshot(tuple(sorted(models, key=lambda model: model.id)), tree.all_escaping())
+    walked = (look.path(folder) for look in looks for folder in look.tree.folders)
+    return Scan(_snapshot(looks), frozenset(path for path in walked if Path(path).is_dir()))
 
 
-def recheck(root: Path, model: ModelFile, cache: HeaderCache) -> ModelFile | None:
+def recheck(root: Path | Sequence[Root], model: ModelFile, cache: HeaderCache) -> ModelFile | None:
     """Look at one model's files again; headers of those that changed are read. None: it is gone.
 
     It blocks. A file that a symlink has replaced is gone: where it leads is not looked at.
     """
-    base = os.path.realpath(root).rstrip("/")
+    roots = (Root(root),) if isinstance(root, Path) else root
+    home, relative = root_of(roots, model.relative)
+    base = home.base
     if model.format is ModelFormat.SAFETENSORS:
-        return _recheck_folder(base, model, cache)
-    files = {
-        relative: status
-        for relative in part_names(model.relative)
-        if (status := _real_file(f"{base}/{relative}")) is not None
-    }
-    if not files:
+        found = _recheck_folder(base, relative, cache)
+    else:
+        found = _recheck_files(base, relative, cache)
+    if found is None:
         return None
-    headers = {name: cache.read(f"{base}/{name}", status) for name, status in files.items()}
-    [candidate] = _candidates(files)
-    eyes = None if model.mmproj is None else _real_file(str(model.mmproj))
+    eyes = None if model.mmproj is None else real_file(str(model.mmproj))
     return replace(
-        _model(base, candidate, headers),
+        _as_seen(home, found),
         mmproj=None if eyes is None else model.mmproj,
         mmproj_bytes=0 if eyes is None else eyes.st_size,
         spellings=model.spellings,
     )
 
 
-def _recheck_folder(base: str, model: ModelFile, cache: HeaderCache) -> ModelFile | None:
-    path = f"{base}/{model.relative}"
-    folder = folders.look(base, model.relative) if os.path.realpath(path) == path else None
+def _recheck_files(base: str, relative: str, cache: HeaderCache) -> ModelFile | None:
+    files = {
+        name: status
+        for name in part_names(relative)
+        if (status := real_file(f"{base}/{name}")) is not None
+    }
+    if not files:
+        return None
+    headers = {name: cache.read(f"{base}/{name}", status) for name, status in files.items()}
+    [candidate] = _candidates(files)
+    return _model(base, candidate, headers)
+
+
+def _recheck_folder(base: str, relative: str, cache: HeaderCache) -> ModelFile | None:
+    path = f"{base}/{relative}"
+    folder = folders.look(base, relative) if os.path.realpath(path) == path else None
     if folder is None:
         return None
-    return replace(folders.model_of(base, folder, cache.folders), spellings=model.spellings)
+    return folders.model_of(base, folder, cache.read_folder(base, folder))
 
 
 @dataclass(slots=True)
-class _Tree:
-    """What lies under the root; all paths are relative to it."""
+class _Look:
+    """One root on one look, and what was read of it so far."""
 
-    folders: set[str] = field(default_factory=set)
-    models: set[str] = field(default_factory=set)  # folders of safetensors
-    files: dict[str, os.stat_result] = field(default_factory=dict)
-    links: dict[str, str] = field(default_factory=dict)  # to where they really lead
-    escaping: set[str] = field(default_factory=set)
+    root: Root
+    base: str
+    tree: Tree
+    headers: dict[str, Header] = field(default_factory=dict)
+    models: dict[str, ModelFile] = field(default_factory=dict)  # the folders among them
 
-    def spellings(self) -> Mapping[str, set[str]]:
-        found: dict[str, set[str]] = defaultdict(set)
-        for link, target in self.links.items():
-            if target in self.files or target in self.models:
-                found[target].add(link)
-        for spelling, below in self._through_folder_links([*self.files, *self.models, *self.links]):
-            found[self.links.get(below, below)].add(spelling)
-        return found
-
-    def all_escaping(self) -> frozenset[str]:
-        through = {spelling for spelling, _ in self._through_folder_links(self.escaping)}
-        return frozenset(self.escaping | through)
-
-    def _through_folder_links(self, paths: Collection[str]) -> Iterator[tuple[str, str]]:
-        """Yield the paths that a symlink to a folder gives a second spelling, behind it."""
-        for link, target in self.links.items():
-            if target in self.folders:
-                inside = f"{target}/" if target else ""
-                for path in paths:
-                    if path.startswith(inside):
-                        yield f"{link}/{path[len(inside) :]}", path
+    def path(self, relative: str) -> str:
+        return f"{self.base}/{relative}" if relative else self.base
 
 
-def _walk(base: str) -> _Tree:
-    tree = _Tree()
-    pending = [""]
-    while pending:
-        folder = pending.pop()
-        tree.folders.add(folder)
-        entries = _entries(base, folder)
-        if folder and folders.holds_weights([entry.name for entry in entries]):
-            tree.models.add(folder)
-        for entry in entries:
-            relative = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_symlink():
-                _add_link(tree, base, relative)
-            elif entry.is_dir(follow_symlinks=False):
-                pending.append(relative)
-            elif is_gguf(entry.name):
-                _add_file(tree, base, relative)
-    for link, target in tree.links.items():
-        # A hub cache keeps `model.gguf` as a symlink to a file named by its hash.
-        if is_gguf(link) and target not in tree.files:
-            _add_file(tree, base, target)
-    return tree
+def _read(looks: Sequence[_Look], cache: HeaderCache) -> Iterator[None]:
+    """Read every header and every folder, and pause after each."""
+    for look in looks:
+        # First the projectors, by their names: a model is shown when it is known to see.
+        for name in sorted(look.tree.files, key=lambda n: (not _is_named_projector(n), n)):
+            look.headers[name] = cache.read(look.path(name), look.tree.files[name])
+            yield
+        for name in sorted(look.tree.models):
+            folder = folders.look(look.base, name)
+            if folder is not None:
+                found = cache.read_folder(look.base, folder)
+                look.models[name] = folders.model_of(look.base, folder, found)
+            yield
 
 
-def _entries(base: str, folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(f"{base}/{folder}") as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        log.warning("models folder unreadable folder=%r reason=%s", folder, error.strerror)
-        return []
-    inside = f"{VIRTUAL_ROOT}/{folder}"
-    unusable = [entry.name for entry in visible if not is_nameable(f"{inside}/{entry.name}")]
-    if unusable:
-        log.warning("file names not usable, rename them folder=%r names=%a", folder, unusable)
-    return [entry for entry in visible if entry.name not in unusable]
+def _snapshot(looks: Sequence[_Look]) -> Snapshot:
+    """Return what is known: models of which a part was not read yet are left out."""
+    models: dict[str, ModelFile] = {}
+    escaping: set[str] = set()
+    for look in looks:
+        for model in _models(look):
+            models.setdefault(model.id, model)  # a further root never hides what is ours
+        escaping.update(map(look.root.seen, look.tree.all_escaping()))
+    return Snapshot(tuple(models[name] for name in sorted(models)), frozenset(escaping))
 
 
-def _add_link(tree: _Tree, base: str, relative: str) -> None:
-    target = os.path.realpath(f"{base}/{relative}")
-    if target != base and not target.startswith(f"{base}/"):
-        tree.escaping.add(relative)
-        return
-    inside = target[len(base) :].lstrip("/")
-    hidden = any(component.startswith(".") for component in inside.split("/"))
-    if not hidden and is_nameable(inside):
-        tree.links[relative] = inside
+def _so_far(looks: Sequence[_Look], before: Snapshot) -> Snapshot:
+    found = _snapshot(looks)
+    known = {model.id for model in found.models}
+    there = {
+        look.root.seen(name) for look in looks for name in (*look.tree.files, *look.tree.models)
+    }
+    kept = [m for m in before.models if m.id not in known and m.relative in there]
+    return replace(found, models=tuple(sorted((*found.models, *kept), key=lambda m: m.id)))
 
 
-def _add_file(tree: _Tree, base: str, relative: str) -> None:
-    status = _regular_file(f"{base}/{relative}")
-    if status is not None:
-        tree.files[relative] = status
+def _models(look: _Look) -> Iterator[ModelFile]:
+    tree, headers = look.tree, look.headers
+    projectors = {name for name, header in headers.items() if _is_projector(name, header)}
+    files = {name: status for name, status in tree.files.items() if name not in projectors}
+    models = [
+        _model(look.base, candidate, headers)
+        for candidate in _candidates(files)
+        if all(name in headers for name, _ in candidate.parts.values())
+    ]
+    sizes = {
+        name: tree.files[name].st_size
+        for name in projectors
+        if isinstance(headers[name], GgufHeader)
+    }
+    models = [*with_projectors(look.base, models, sizes), *look.models.values()]
+    spellings = tree.spellings()
+    for model in models:
+        others = spellings.get(model.relative)
+        spelled = replace(model, spellings=tuple(sorted(others))) if others else model
+        yield _as_seen(look.root, spelled)
 
 
-def _regular_file(path: str) -> os.stat_result | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status if stat.S_ISREG(status.st_mode) else None
+def _as_seen(root: Root, model: ModelFile) -> ModelFile:
+    """Return a model of this root, known by paths relative to it, as it is known outside."""
+    if not root.read_only:
+        return model
+    return replace(
+        model,
+        id=f"{VIRTUAL_ROOT}/{root.seen(model.relative)}",
+        folder=root.seen(model.folder),
+        files=tuple(replace(part, relative=root.seen(part.relative)) for part in model.files),
+        spellings=tuple(map(root.seen, model.spellings)),
+        read_only=True,
+    )
 
 
-def _real_file(path: str) -> os.stat_result | None:
-    """Return the status of a regular file that no symlink is on the way to."""
-    return _regular_file(path) if os.path.realpath(path) == path else None
+def _is_named_projector(relative: str) -> bool:
+    return "mmproj" in PurePosixPath(relative).name.lower()
 
 
 def _is_projector(relative: str, header: Header) -> bool:
-    if "mmproj" in PurePosixPath(relative).name.lower():
-        return True
-    return isinstance(header, GgufHeader) and (
-        header.architecture == "clip" or header.kind == "mmproj"
+    return _is_named_projector(relative) or (
+        isinstance(header, GgufHeader)
+        and (header.architecture == "clip" or header.kind == "mmproj")
     )
 
 

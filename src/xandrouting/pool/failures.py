@@ -19,7 +19,7 @@ _FACES: dict[StartFailure, tuple[type[GatewayError], str]] = {
         InsufficientMemory,
         (
             "There is not enough memory to load {model}. Unload other models, ask for a smaller "
-            "context, or use a smaller quantization. {reason}"
+            "n_ctx or max_model_len, or use a smaller quantization. {reason}"
         ),
     ),
     StartFailure.BAD_FILE: (
@@ -52,7 +52,7 @@ _FACES: dict[StartFailure, tuple[type[GatewayError], str]] = {
         EngineStartFailed,
         (
             "The engine was killed while it loaded {model}, most often for want of memory. "
-            "Unload other models or ask for a smaller context."
+            "Unload other models or ask for a smaller n_ctx or max_model_len."
         ),
     ),
     StartFailure.STALLED: (

@@ -27,7 +27,13 @@ from xandrouting.core.model import (
 from xandrouting.engines.base import EngineAdapter, ModelFacts
 from xandrouting.engines.upstream import backend_of
 from xandrouting.inventory.folders import WEIGHTS
-from xandrouting.inventory.model_file import ModelFile, ModelFormat, Snapshot, shown
+from xandrouting.inventory.model_file import (
+    MAX_NAME_LENGTH,
+    ModelFile,
+    ModelFormat,
+    Snapshot,
+    shown,
+)
 from xandrouting.proxy.request import Routing
 from xandrouting.routing.facts import facts_of
 from xandrouting.routing.names import ModelNames
@@ -60,7 +66,7 @@ class Route:
 
     `asked_model` is the name the engine knows the model by. `file` is None for an
     upstream. `device_fallback` is the device the client asked for and did not get. `chosen_by`
-    is what the server chose the backend by; empty: the client named it.
+    is what the backend was chosen by for a client that asked for a choice, by `auto`.
     """
 
     spec: EngineSpec
@@ -197,7 +203,7 @@ class Catalog:
             siblings=self._siblings(file, names, device),
             chosen=_why(file.format, backend) if chosen else "",
         )
-        by = str(file.format) if chosen else ""
+        by = str(file.format) if fields.backend == "auto" else ""
         return Route(spec, file.id, fields.ttl, file, fallback, by)
 
     def _placements(
@@ -290,6 +296,10 @@ class Catalog:
         if split is None:
             return None
         name, rest = split
+        if len(rest) > MAX_NAME_LENGTH:  # it is remembered with its route
+            raise InvalidRequest(
+                f"A model's name has at most {MAX_NAME_LENGTH} characters.", param="model"
+            )
         key = ModelKey(name, backend_of(name), REMOTE)
         cost = FixedCost(Footprint(engines=0))
         return Route(EngineSpec(key, self._upstreams[name], cost=cost), rest, ttl_s=0)
@@ -358,6 +368,11 @@ class Catalog:
 
 def _why(found: ModelFormat, backend: Backend) -> str:
     return f"backend {backend}: it serves {_FORMATS[found]}"
+
+
+def why_served_by(found: ModelFormat) -> str:
+    """Say who serves models of this format."""
+    return f"{NAMES[SERVED_BY[found]]} serves {_FORMATS[found]}"
 
 
 def _ggufs_of(file: ModelFile, names: ModelNames) -> list[ModelFile]:
