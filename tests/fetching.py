@@ -75,8 +75,9 @@ def inventory(server: Server) -> dict[str, dict[str, Any]]:
 
 
 def incoming(server: Server) -> list[Path]:
-    """Every file of unfinished downloads."""
-    return [path for path in (server.models / ".incoming").rglob("*") if path.is_file()]
+    """Every file of unfinished downloads that holds bytes."""
+    files = (path for path in (server.models / ".incoming").rglob("*") if path.is_file())
+    return [path for path in files if path.stat().st_size]
 
 
 def check_published(server: Server, hub: Hub, repo_id: str, destination: str) -> None:

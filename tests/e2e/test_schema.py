@@ -47,7 +47,8 @@ SMALL = {"n_ctx": 1024, "n_parallel": 2, "max_tokens": 4, "max_completion_tokens
 @pytest.fixture(scope="module")
 def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("schema")
-    with Server(models_dir(root / "models"), root / "data") as server:
+    nowhere = "http://127.0.0.1:9"  # a hub that is not there: nothing leaves this machine
+    with Server(models_dir(root / "models"), root / "data", hf_endpoint=nowhere) as server:
         yield server
 
 

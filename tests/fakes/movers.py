@@ -45,6 +45,7 @@ def order_for(
         "target": str(models / repo_id.partition("/")[2]),
         "manifest": {"repo_id": repo_id, "commit": commit.sha, "files": files},
         "merge": False,
+        "replace": [],
         "token_hosts": [hub.authority],
         "parallel": 4,
         "window_bytes": 512 << 20,

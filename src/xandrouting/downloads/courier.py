@@ -134,8 +134,8 @@ class Courier:
         try:
             process.stdin.write(json.dumps(self._order).encode() + b"\n")
             await process.stdin.drain()
-        except ConnectionError:
-            pass  # it is gone already; its exit tells more
+        except (ConnectionError, RuntimeError):
+            pass  # it is gone already (uvloop: "the handler is closed"); its exit tells more
 
     async def _hear(self, process: Process, on_event: Callable[[Event], None]) -> None:
         assert process.stdout is not None

@@ -22,7 +22,16 @@ from http.client import HTTPResponse as Response
 from typing import Any, Final
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from xandrouting.downloads.mover_files import BUFFER_BYTES, Failed, File, Order, Part, Stopped, disk
+from xandrouting.downloads.mover_files import (
+    BUFFER_BYTES,
+    Failed,
+    File,
+    Order,
+    Part,
+    Stopped,
+    check_free,
+    disk,
+)
 
 _FIRST_WAIT_S, _LAST_WAIT_S, _LAST_RETRY_AFTER_S = 0.5, 15.0, 60.0
 _CONNECT_S: Final = 10.0
@@ -282,22 +291,27 @@ class Fetcher:
 
     def _is_in_place(self, file: File) -> bool:
         """Whether a folder that has other files has this one too, by its hash."""
-        hasher, there = file.hasher(), self._order.target / file.path
-        if file.have or hasher is None or len(file.paths) > 1 or there.is_symlink():
-            return False
+        file.there = {path for path in file.paths if self._is_right(file, path)}
+        check_free(self._order, file)
+        if file.in_place:
+            file.have = file.size
+        return file.in_place
+
+    def _is_right(self, file: File, path: str) -> bool:
+        hasher, there = file.hasher(), self._order.target / path
         try:
-            if there.stat().st_size != file.size:
+            if there.is_symlink() or there.stat().st_size != file.size:
                 return False
+            if hasher is None:
+                return True
             with there.open("rb", buffering=0) as content:
                 while piece := content.read(BUFFER_BYTES):
                     hasher.update(piece)
                     if self._board.stopping.is_set():
                         raise Stopped
         except OSError:
-            return False  # then it is fetched
-        file.in_place = hasher.hexdigest() == (file.sha256 or file.blob_id)
-        file.have = file.size if file.in_place else 0
-        return file.in_place
+            return False
+        return hasher.hexdigest() == (file.sha256 or file.blob_id)
 
     def _fetch(self, file: File, buffer: memoryview) -> None:
         for _ in range(2):

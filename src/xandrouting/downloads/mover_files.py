@@ -68,12 +68,17 @@ class File:
         self.part = parts / checked(self.key)
         self.have = 0  # bytes in the part
         self.fetched = 0  # over the wire in this run
-        self.in_place = False  # the target has it already, and its hash is right
+        self.there: set[str] = set()  # of the paths: those where the target has it, hash and all
 
     @property
     def path(self) -> str:
         """The first path: what the file is called in a message."""
         return self.paths[0]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the target has all of it already."""
+        return len(self.there) == len(self.paths)
 
     def hasher(self) -> HASH | None:
         """Return a fresh hash for this content, or None: the hub told nothing to compare with."""
@@ -93,6 +98,7 @@ class Order:
         self.target = Path(told["target"])
         self.manifest: dict[str, Any] = told["manifest"]
         self.merge: bool = told["merge"]
+        self.replace = frozenset(told["replace"])  # what the target has of these is damaged
         self.token_hosts = frozenset(told["token_hosts"])
         self.parallel: int = told["parallel"]
         self.window_bytes: int = told["window_bytes"]
@@ -312,10 +318,26 @@ def _build(order: Order) -> None:
     _flush_tree(order.stage)
 
 
+def check_free(order: Order, file: File) -> None:
+    """Check that nothing of somebody else's has one of the file's names in the target."""
+    for path in file.paths:
+        ours = path in file.there or path in order.replace
+        if not ours and os.path.lexists(order.target / path):
+            raise Failed(
+                "destination_occupied",
+                f"The folder {order.target.name!r} has another {path[:100]!r} since. Move it away "
+                "and resume: every byte is kept.",
+            )
+
+
 def _merge(order: Order) -> None:
     order.target.mkdir(exist_ok=True)
     home = os.path.realpath(order.target)
-    moving = [path for file in order.files if not file.in_place for path in file.paths]
+    files = [file for file in order.files if not file.in_place]
+    for file in files:
+        check_free(order, file)
+    # Until the last of the weights is there, nobody takes the others for a model.
+    moving = sorted((path for file in files for path in file.paths), key=_is_weights)
     for path in moving:
         there = order.target / path
         there.parent.mkdir(parents=True, exist_ok=True)
@@ -326,6 +348,11 @@ def _merge(order: Order) -> None:
         _flush_folder(folder)
     (order.stage / MANIFEST).replace(order.target / MANIFEST)
     _flush_folder(order.target)
+
+
+def _is_weights(path: str) -> tuple[bool, bool]:
+    name = path.rpartition("/")[2].lower()
+    return name.endswith((".gguf", ".safetensors")), "mmproj" not in name
 
 
 def _flush_tree(top: Path) -> None:

@@ -70,10 +70,14 @@ _MANIFEST: Final = msgspec.json.Decoder(Manifest)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is at a destination: `kept` are the wanted files that are there, whole."""
+    """What is at a destination: `kept` are the wanted files that are there, whole.
+
+    `damaged` were there once, and may be replaced.
+    """
 
     exists: bool = False
     kept: frozenset[str] = frozenset()
+    damaged: frozenset[str] = frozenset()
     manifest: Manifest | None = None
 
     def lacks(self, order: Order) -> tuple[RemoteFile, ...]:
@@ -121,7 +125,8 @@ class Place:
             for file in order.files
             if self._is_kept(order, file, known.get(file.path), resuming=resuming)
         )
-        return Found(exists=True, kept=kept, manifest=manifest)
+        ours = {file.path for file in order.files if file.path in known} - kept
+        return Found(exists=True, kept=kept, damaged=frozenset(ours), manifest=manifest)
 
     def _is_kept(
         self, order: Order, file: RemoteFile, known: ManifestFile | None, *, resuming: bool
@@ -141,7 +146,7 @@ class Place:
         regular = stat.S_ISREG(status.st_mode)
         if regular and known is not None and known.is_of(file):
             return status.st_size == file.size  # else it was damaged since: it is fetched again
-        if regular and resuming:
+        if regular and known is None and resuming:
             return False
         if regular and known is not None:
             raise _occupied(order, f"holds {file.path[:100]!r} of another revision")
@@ -231,6 +236,7 @@ class Place:
             "stage": str(job / TREE),
             "target": str(self._base() / order.destination),
             "merge": found.exists,
+            "replace": sorted(found.damaged),
             "manifest": manifest_of(order, found),
         }
 
