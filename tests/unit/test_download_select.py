@@ -13,7 +13,7 @@ from xandrouting.core.errors import (
     NothingToDownload,
 )
 from xandrouting.downloads.jobs import RemoteFile
-from xandrouting.downloads.select import Chosen, Wish, choose, variants
+from xandrouting.downloads.select import Chosen, Wish, choose, distinct, variants
 
 REPO = "org/name"
 SIZES = {"Q2_K": 10, "Q4_0": 20, "Q4_K_M": 25, "UD-Q4_K_XL": 27, "Q8_0": 40, "BF16": 80}
@@ -314,3 +314,23 @@ def test_whatever_is_there_the_choice_is_some_of_it_or_refused(
     if not wish.include:
         for one in whole:
             assert not set(one.parts) & set(chosen.files)
+
+
+def test_a_model_that_is_there_whole_and_in_parts_is_one() -> None:
+    """As Qwen2.5-Coder-7B-Instruct-GGUF has it, the guide's own example."""
+    whole, parts = "q-q4_k_m.gguf", ["q-q4_k_m-00001-of-00002.gguf", "q-q4_k_m-00002-of-00002.gguf"]
+    files = listing(*parts, whole, "q-q8_0-00001-of-00002.gguf")
+    assert pick(files, quantization="Q4_K_M") == pick(files) == [whole]
+    assert pick(files, file=parts[0]) == parts  # who asks for a part has all of them
+    assert [one.name for one in distinct(variants(files))] == ["Q4_K_M", "Q8_0"]
+
+
+def test_choices_have_names_that_choose() -> None:
+    files = listing("a-Q4_K_M.gguf", "b-Q4_K_M.gguf", "b/b-Q4_K_M.gguf", "c-Q8_0.gguf")
+    found = distinct(variants(files))
+    assert {one.name for one in found} == {"a-Q4_K_M", "b-Q4_K_M", "b/b-Q4_K_M", "Q8_0"}
+    with pytest.raises(AmbiguousDownload) as refused:
+        pick(files, quantization="Q4_K_M")
+    choices = [choice["name"] for choice in (refused.value.details or {})["choices"]]
+    picked = [pick(files, quantization=choice) for choice in choices]
+    assert picked == [[f"{choice}.gguf"] for choice in choices]

@@ -94,7 +94,11 @@ def _say_hello(gateway: Gateway, url: str, *, with_key: bool) -> None:
     """Print a first request that works when pasted, if there is a model to ask."""
     models = [model for model in gateway.inventory.snapshot.models if gateway.serves(model)]
     if not models:
-        typer.echo("No model yet: put a .gguf file into the models directory.", err=True)
+        typer.echo(
+            "No model yet: put a .gguf file into the models directory, or "
+            "download one: POST /v1/models/download.",
+            err=True,
+        )
         return
     smallest = min(models, key=lambda model: model.size_bytes)
     key = ' -H "Authorization: Bearer $XANDROUTING_API_KEY"' if with_key else ""

@@ -161,7 +161,7 @@ class Downloads:
         """
         asked, repository = await self._look(wanted)
         wish = _wish(asked, wanted)
-        found = tuple(select.variants(repository.files))
+        found = tuple(select.distinct(select.variants(repository.files)))
         try:
             chosen = select.choose(repository.repo_id, repository.files, wish)
         except GatewayError as refusal:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -53,10 +53,13 @@ class Variant:
     parts: tuple[RemoteFile, ...]
     projector: RemoteFile | None
     lacks: int
+    is_only_one: bool = True  # no other model of the repository has its quantization
 
     @property
     def name(self) -> str:
         """What it is asked for by."""
+        if not self.is_only_one:
+            return self.stem
         return self.quantization or self.file_name
 
     @property
@@ -143,6 +146,19 @@ def variants(files: Iterable[RemoteFile]) -> list[Variant]:
     return sorted(found, key=lambda one: (one.size_bytes, one.stem))
 
 
+def distinct(found: Iterable[Variant]) -> list[Variant]:
+    """Return models that can be told apart by their names.
+
+    Of one that is there whole and in parts only one stays: what lacks nothing, in few files.
+    """
+    by_stem: dict[str, Variant] = {}
+    for one in sorted(found, key=lambda one: (one.lacks > 0, len(one.parts))):
+        by_stem.setdefault(one.stem, one)
+    counts = Counter(one.quantization for one in by_stem.values())
+    apart = [replace(one, is_only_one=counts[one.quantization] == 1) for one in by_stem.values()]
+    return sorted(apart, key=lambda one: (one.size_bytes, one.stem))
+
+
 def _matching(repo_id: str, listing: Sequence[RemoteFile], wish: Wish) -> list[RemoteFile]:
     files = [
         file
@@ -210,11 +226,13 @@ def _check_whole(repo_id: str, variant: Variant) -> None:
 
 def _named(repo_id: str, found: Sequence[Variant], wanted: str) -> Variant:
     """Return the only variant of that quantization, or of that file name."""
+    found = distinct(found)
     fitting = _of_quantization(found, normalized(wanted))
     if not fitting:
         name = wanted[:-5] if wanted[-5:].lower() == _GGUF else wanted
         name = _part_of(name)[0].lower()
-        fitting = [one for one in found if name in (one.file_name.lower(), one.stem.lower())]
+        fitting = [one for one in found if one.stem.lower() == name]
+        fitting = fitting or [one for one in found if one.file_name.lower() == name]
     if not fitting:
         known = f"It has {_listed(found)}." if found else "It holds no GGUF files."
         raise NoSuchQuantization(
@@ -226,6 +244,7 @@ def _named(repo_id: str, found: Sequence[Variant], wanted: str) -> Variant:
 
 
 def _default(repo_id: str, found: Sequence[Variant]) -> Variant:
+    found = distinct(found)
     whole = [one for one in found if not one.lacks] or found
     for quantization in DEFAULTS:
         fitting = _of_quantization(whole, quantization)
@@ -245,7 +264,7 @@ def _only(repo_id: str, fitting: Sequence[Variant]) -> Variant:
         return fitting[0]
     names = ", ".join(one.stem[:100] for one in fitting[:_SHOWN])
     raise AmbiguousDownload(
-        f"{len(fitting)} models of {repo_id} are {fitting[0].name}: {names}. Say one of these "
+        f"{len(fitting)} models of {repo_id} are {fitting[0].quantization}: {names}. Say one of these "
         "names as `quantization`, or choose with `include`.",
         param="quantization",
         details={"choices": described(fitting)},
