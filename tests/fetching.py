@@ -94,7 +94,7 @@ def check_published(server: Server, hub: Hub, repo_id: str, destination: str) ->
         else:
             git = hashlib.sha1(b"blob %d\0" % len(content) + content)
             assert git.hexdigest() == file["blob_id"]
-    assert incoming(server) == []
+    wait_for(lambda: incoming(server) == [])
 
 
 def movers(server: Server) -> list[psutil.Process]:
