@@ -12,10 +12,13 @@ from pathlib import Path
 
 from bench import (
     decisions,
+    download_ends,
+    downloads,
     engine,
     estimates,
     inventory,
     machine,
+    manners,
     memory,
     relay,
     simulate,
@@ -48,6 +51,10 @@ MEASURES: Mapping[str, Callable[[Effort], list[Row]]] = {
     "vllm": vllm.speed,
     "vllm-start": vllm.start,
     "inventory": inventory.inventory,
+    "download": downloads.download,
+    "download-cancel": download_ends.cancel,
+    "download-killed": download_ends.killed,
+    "download-manners": manners.manners,
     "decisions": decisions.decisions,
     "simulate": simulate.simulate,
 }

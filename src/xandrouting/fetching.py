@@ -39,7 +39,7 @@ def build_downloads(
     )
     return Downloads(
         Hub(endpoint, token),
-        Place(models_dir),
+        Place(models_dir, [root.name for root in inventory.roots if root.read_only]),
         JobStore.open(data_dir / "downloads.db"),
         wiring,
         max_downloads=max_downloads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.hub import Hub, Refuse
+from tests.fakes.hub_content import File
 from tests.fakes.web import Asked, Call, web
 from xandrouting.core.errors import (
     GatewayError,
@@ -140,6 +142,36 @@ async def test_a_captive_portal() -> None:
 async def test_a_mirror_that_cannot_check_access(hub: Hub) -> None:
     hub.fault("api", Refuse(404))
     assert (await Client(hub.url).look("org/name", None)).repo_id == "org/name"
+
+
+async def test_olah_says_not_found_of_the_call_itself(hub: Hub) -> None:
+    hub.fault("api", Refuse(404, code="RepoNotFound"))
+    assert (await Client(hub.url).look("org/name", None)).repo_id == "org/name"
+
+
+async def test_a_mirror_that_tells_names_alone(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = await Client(hub.url).look("org/name", None)
+    hub.page_entries = 1
+    monkeypatch.setattr(File, "sibling", lambda self, *, blobs: {"rfilename": self.path})
+    told = await Client(hub.url).look("org/name", None)
+    assert sorted(told.files, key=str) == sorted(whole.files, key=str)
+    assert told.commit == whole.commit
+    monkeypatch.setattr(hub_module, "MAX_FILES", 2)
+    with pytest.raises(HubUnreachable, match="does not answer as a hub"):
+        await Client(hub.url).look("org/name", None)
+
+
+async def test_nobody_but_the_hub_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, look_up = set[object](), socket.getaddrinfo
+
+    def getaddrinfo(host: str | None, *rest: Any, **options: Any) -> Any:
+        asked.add(host)
+        return look_up("127.0.0.1", *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", None)
+    await Client(hub.url).look("org/name", None)
+    assert asked <= {"127.0.0.1"}
 
 
 async def test_a_hub_that_is_down_and_up_again(hub: Hub) -> None:

@@ -360,10 +360,10 @@ def test_empty_folder_is_no_hindrance(hub: Hub, tmp_path: Path) -> None:
     assert_published(hub, order)
 
 
-def test_merge_replaces_what_differs_and_keeps_what_is_right(hub: Hub, tmp_path: Path) -> None:
+def test_merge_replaces_what_is_damaged_and_keeps_what_is_right(hub: Hub, tmp_path: Path) -> None:
     files = {BIG: ("random", MIB, 1), "sub/c.json": b"{}", "old.gguf": ("random", MIB, 3)}
     repo = hub.add_repo(REPO, files)
-    order = order_for(hub, tmp_path, merge=True)
+    order = order_for(hub, tmp_path, merge=True, replace=[BIG])
     target = Path(order["target"])
     (target / "sub").mkdir(parents=True)
     (target / "other.gguf").write_bytes(b"mine")
@@ -380,6 +380,60 @@ def test_merge_replaces_what_differs_and_keeps_what_is_right(hub: Hub, tmp_path:
     assert (target / "sub/c.json").read_bytes() == b"{}"
     assert json.loads((target / MANIFEST).read_text()) == order["manifest"]
     assert not Path(order["parts"]).parent.exists()
+
+
+def test_merge_replaces_nothing_of_somebody_else_s(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo(REPO, {BIG: ("random", MIB, 1), "config.json": b"{}"})
+    order = order_for(hub, tmp_path, merge=True)
+    target = Path(order["target"])
+    target.mkdir()
+    (target / "config.json").write_bytes(b"mine")
+    said = run_mover(order)
+    assert said.failure is not None
+    assert said.failure["code"] == "destination_occupied"
+    assert "another 'config.json'" in said.failure["message"]
+    assert names_in(target) == ["config.json"]
+    assert (target / "config.json").read_bytes() == b"mine"
+    (target / "config.json").unlink()
+    assert run_mover(order).process.returncode == 0
+    assert_published(hub, order)
+
+
+def test_merge_replaces_nothing_that_came_while_it_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo(REPO, {BIG: ("random", MIB, 1), "config.json": b"{}"})
+    order = order_for(hub, tmp_path, merge=True)
+    target = Path(order["target"])
+    target.mkdir()
+    hub.fault(BIG, Stall(MIB // 2))
+    with mover(order) as said:
+        said.until_bytes(MIB // 2)
+        (target / BIG).write_bytes(b"mine")
+        hub.heal()
+        assert said.wait() == 3
+    assert said.failure is not None
+    assert said.failure["code"] == "destination_occupied"
+    assert names_in(target) == [BIG]
+    assert (target / BIG).read_bytes() == b"mine"
+    # Every byte is kept: it ends without the hub.
+    (target / BIG).unlink()
+    hub.down()
+    assert run_mover(order).process.returncode == 0
+    assert_published(hub, order)
+
+
+def test_merge_moves_the_weights_last(hub: Hub, tmp_path: Path) -> None:
+    files = {"a/m-Q4_0.gguf": b"m", "b/mmproj-F16.gguf": b"eyes", "z/tokenizer.json": b"{}"}
+    hub.add_repo(REPO, files)
+    order = order_for(hub, tmp_path, merge=True)
+    target = Path(order["target"])
+    target.mkdir()
+    (target / "a").touch()  # no folder: there it ends
+    assert run_mover(order).process.returncode == 3
+    assert names_in(target / "b") == ["mmproj-F16.gguf"]
+    assert names_in(target / "z") == ["tokenizer.json"]
+    (target / "a").unlink()
+    assert run_mover(order).process.returncode == 0
+    assert_published(hub, order)
 
 
 def test_merge_follows_no_link_out_of_the_folder(hub: Hub, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def answered(tmp_path: Path, url: str, data: bytes = b"{}", **changes: Any) -> d
         "target": str(tmp_path / "name"),
         "manifest": {},
         "merge": False,
+        "replace": [],
         "token_hosts": [],
         "parallel": 4,
         "window_bytes": 512 << 20,

@@ -103,7 +103,9 @@ def test_other_files_of_the_repository_stay_in_the_manifest(place: Place, root: 
 def test_a_file_that_was_cut_since_is_fetched_again(place: Place, root: Path) -> None:
     publish(root, order_of(), TEXTS)
     (root / "n" / "a.gguf").write_bytes(b"wei")
-    assert place.look(order_of()).kept == {"sub/b.json"}
+    found = place.look(order_of())
+    assert found.kept == {"sub/b.json"}
+    assert place.moving("dl_1", order_of(), found)["replace"] == ["a.gguf"]
     (root / "n" / "a.gguf").unlink()
     assert place.look(order_of()).kept == {"sub/b.json"}
 
@@ -121,9 +123,18 @@ def test_another_model_has_the_folder(place: Place, root: Path) -> None:
     occupied(place, order_of(), "other/model", resuming=True)
 
 
+def test_a_further_root_has_the_name(root: Path) -> None:
+    place = Place(root, ["n"])
+    occupied(place, order_of(), "further folder")
+    occupied(place, order_of(), "further folder", resuming=True)
+    assert not root.exists()
+
+
 def test_another_revision_of_a_file(place: Place, root: Path) -> None:
     publish(root, order_of(), TEXTS)
-    occupied(place, order_of({"a.gguf": b"changed"}, commit="c2"), "another revision")
+    changed = order_of({"a.gguf": b"changed"}, commit="c2")
+    occupied(place, changed, "another revision")
+    occupied(place, changed, "another revision", resuming=True)
 
 
 def test_foreign_files(place: Place, root: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import stat
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,3 +172,30 @@ def test_closed_it_keeps_nothing(path: Path) -> None:
     opened.save(JOB)
     opened.forget(JOB.id)
     assert opened.load() == []
+
+
+@contextmanager
+def nothing_can_be_written(path: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def test_what_could_not_be_written_is_written_later(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cancelled = replace(JOB, state=JobState.CANCELLED)
+    again = replace(JOB, id="dl_2", state=JobState.DOWNLOADING, created_at=2.0)
+    with closing(JobStore.open(path)) as opened:
+        opened.save(JOB)
+        with nothing_can_be_written(path):
+            opened.save(replace(JOB, state=JobState.PENDING))
+            opened.save(cancelled)
+            opened.save(again)  # into the folder of what is cancelled
+            assert opened.load() == [JOB]
+        opened.save(again)
+        assert opened.load() == [cancelled, again]
+        with nothing_can_be_written(path):
+            opened.save(replace(again, state=JobState.PAUSED))
+    assert [job.state for job in saved(path)] == [JobState.CANCELLED, JobState.PAUSED]
+    assert len(warnings(caplog)) == 1

@@ -114,10 +114,21 @@ def test_recheck_in_a_further_root(models: Path, nas: Path) -> None:
 
 def test_which_root_a_path_lies_in(models: Path, nas: Path) -> None:
     roots = roots_of(models, [("", nas)])
-    assert root_of(roots, "nas/x.gguf") == (roots[1], "x.gguf")
-    assert root_of(roots, "nasty/x.gguf") == (roots[0], "nasty/x.gguf")
+    assert root_of(roots, "nas/x.gguf", read_only=True) == (roots[1], "x.gguf")
+    assert root_of(roots, "nas/x.gguf", read_only=False) == (roots[0], "nas/x.gguf")
+    assert root_of(roots, "nasty/x.gguf", read_only=False) == (roots[0], "nasty/x.gguf")
     with pytest.raises(ValueError, match="nowhere"):
-        root_of(roots[1:], "nowhere")
+        root_of(roots[1:], "nowhere", read_only=True)
+
+
+def test_a_folder_that_came_later_may_have_a_further_root_s_name(models: Path, nas: Path) -> None:
+    roots = roots_of(models, [("", nas)])
+    write_gguf(nas / "far.gguf")
+    write_gguf(models / "nas" / "ours.gguf")
+    found = {model.id: model for model in look(*roots).models}
+    assert list(found) == ["/models/nas/far.gguf", "/models/nas/ours.gguf"]
+    for model in found.values():
+        assert recheck(roots, model, HeaderCache()) == model
 
 
 def test_the_walked_folders_are_told(models: Path, nas: Path, tmp_path: Path) -> None:

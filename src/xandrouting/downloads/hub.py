@@ -31,12 +31,14 @@ from xandrouting.downloads.urls import is_repo_id
 
 if TYPE_CHECKING:  # the library takes 0.3 s and 30 MB: it is loaded when it is used
     import huggingface_hub
+    from huggingface_hub.hf_api import RepoFile
 
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S: Final = 10.0  # the library itself would wait for ever
 LOOK_TIMEOUT_S: Final = 25.0  # both calls together, however slowly their bytes come
 MAX_LOOKS: Final = 4  # at once
+MAX_FILES: Final = 100_000  # of a repository
 RETRY_S: Final = 30.0  # when a hub that says nothing may be asked again
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -148,7 +150,7 @@ def _look(endpoint: str, token: str | None, repo_id: str, revision: str | None) 
         info = api.model_info(
             repo_id, revision=revision, files_metadata=True, timeout=CALL_TIMEOUT_S
         )
-        return _repository(repo_id, info)
+        return _repository(repo_id, info, _files(api, repo_id, info))
     except errors.HfHubHTTPError as error:
         raise _in_our_words(error, endpoint, repo_id, revision, has_token=bool(token)) from error
     except httpx2.TimeoutException as error:
@@ -171,7 +173,7 @@ def _api(endpoint: str, token: str | None) -> huggingface_hub.HfApi:
 def _use_our_client() -> None:
     """Have the library make its calls with a client of ours: one that does not wait for ever."""
     import httpx2
-    from huggingface_hub import set_client_factory
+    from huggingface_hub import constants, set_client_factory
 
     class Client(httpx2.Client):
         """One that may be closed in a forked child, where the library closes it.
@@ -193,6 +195,8 @@ def _use_our_client() -> None:
     with _CLIENT_LOCK:
         if not _client_is_ours.is_set():
             logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for each call
+            # Else it asks huggingface.co, whatever the endpoint, how to tell who runs us.
+            constants.HF_HUB_DISABLE_TELEMETRY = True
             set_client_factory(Client)
             _client_is_ours.set()
 
@@ -203,8 +207,10 @@ def _check_access(api: huggingface_hub.HfApi, repo_id: str) -> None:
 
     try:
         api.auth_check(repo_id)
-    except errors.RepositoryNotFoundError:
+    except errors.GatedRepoError:
         raise
+    except errors.RepositoryNotFoundError:
+        pass  # whether there is one, the next call tells: olah says this of the call itself
     except errors.HfHubHTTPError as error:
         if error.response.status_code != 404:
             raise
@@ -260,7 +266,32 @@ def _in_our_words(
     return _Unreachable(f"it answers {status}", float(said) if said.isdecimal() else RETRY_S)
 
 
-def _repository(asked: str, info: huggingface_hub.ModelInfo) -> Repository:
+def _files(
+    api: huggingface_hub.HfApi, repo_id: str, info: huggingface_hub.ModelInfo
+) -> tuple[RemoteFile, ...]:
+    """Return what a repository holds, each file with its size and its hash.
+
+    Raises:
+        ValueError: they are not told, or there are too many.
+    """
+    from huggingface_hub.hf_api import RepoFile
+
+    siblings = info.siblings or ()
+    if all(one.size is not None for one in siblings):
+        return tuple(_file(str(one.rfilename), one) for one in siblings)
+    # A mirror that tells the names alone, as olah does. The listing itself tells all of it.
+    found = []
+    for entry in api.list_repo_tree(repo_id, recursive=True, revision=info.sha):
+        if isinstance(entry, RepoFile):
+            found.append(_file(str(entry.path), entry))
+        if len(found) > MAX_FILES:
+            raise ValueError("too many files")
+    return tuple(found)
+
+
+def _repository(
+    asked: str, info: huggingface_hub.ModelInfo, files: tuple[RemoteFile, ...]
+) -> Repository:
     """Take what is needed, and nothing that is not what it should be.
 
     Raises:
@@ -268,7 +299,6 @@ def _repository(asked: str, info: huggingface_hub.ModelInfo) -> Repository:
     """
     if not _COMMIT.fullmatch(info.sha or ""):
         raise ValueError("no commit")
-    files = tuple(_file(sibling) for sibling in info.siblings or ())
     license_name = getattr(info.card_data, "license", None)
     if not isinstance(license_name, str):
         named = [tag for tag in info.tags or () if str(tag).startswith("license:")]
@@ -283,12 +313,12 @@ def _repository(asked: str, info: huggingface_hub.ModelInfo) -> Repository:
     )
 
 
-def _file(sibling: huggingface_hub.hf_api.RepoSibling) -> RemoteFile:
-    lfs = sibling.lfs
-    size = sibling.size if lfs is None else lfs.size
+def _file(path: str, told: huggingface_hub.hf_api.RepoSibling | RepoFile) -> RemoteFile:
+    lfs = told.lfs
+    size = told.size if lfs is None else lfs.size
     sha256 = None if lfs is None else lfs.sha256
-    blob_id = sibling.blob_id if lfs is None else None
+    blob_id = told.blob_id if lfs is None else None
     hashed = _SHA256.fullmatch(sha256) if sha256 is not None else _COMMIT.fullmatch(blob_id or "")
     if hashed is None or size is None or not 0 <= index(size) < _TOO_LARGE:
         raise ValueError("a file without size or hash")
-    return RemoteFile(str(sibling.rfilename), size, sha256, blob_id)
+    return RemoteFile(path, size, sha256, blob_id)

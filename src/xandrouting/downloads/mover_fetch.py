@@ -233,7 +233,8 @@ def body_start(answer: Response, file: File, start: int, *, at_home: bool) -> in
     if status == 416:
         raise Trouble(f"it is shorter than {file.size} bytes now", "wrong_size")
     if status in (401, 403):
-        raise Trouble(f"access was refused ({status})", "forbidden", final=at_home)
+        remedy = ": accept its terms on the hub, and check HF_TOKEN" if at_home else ""
+        raise Trouble(f"access was refused ({status}){remedy}", "forbidden", final=at_home)
     if status in (404, 410):
         raise Trouble(f"it is not there any more ({status})", "gone", final=at_home)
     again = status in (408, 429) or status >= 500

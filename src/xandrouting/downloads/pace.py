@@ -20,7 +20,9 @@ class Pace:
     def moved(self, total: int, now: float) -> None:
         """Take the bytes that came since the start."""
         past_s = now - self._at
-        if past_s < _SHORTEST_S:
+        if total == 0:
+            self._at = now  # it has not begun: the way to the hub says nothing of the pace
+        if total == 0 or past_s < _SHORTEST_S:
             return
         rate = (total - self._total) / past_s
         self._total, self._at = total, now

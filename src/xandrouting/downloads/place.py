@@ -86,10 +86,14 @@ class Found:
 
 
 class Place:
-    """The models directory, as far as downloads change it."""
+    """The models directory, as far as downloads change it.
 
-    def __init__(self, root: Path) -> None:
+    `taken` are names in it that stand for folders elsewhere.
+    """
+
+    def __init__(self, root: Path, taken: Collection[str] = ()) -> None:
         self._root = root
+        self._taken = frozenset(taken)
 
     def look(self, order: Order, *, resuming: bool = False) -> Found:
         """Look who is at the order's destination.
@@ -101,6 +105,8 @@ class Place:
             InvalidDestination: it is a symlink.
             DestinationOccupied: it holds another model, or other files of these names.
         """
+        if order.destination in self._taken:
+            raise _occupied(order, "is a further folder with models, which is only read")
         target = self._base() / order.destination
         try:
             status = target.lstat()

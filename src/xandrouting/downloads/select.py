@@ -264,8 +264,8 @@ def _only(repo_id: str, fitting: Sequence[Variant]) -> Variant:
         return fitting[0]
     names = ", ".join(one.stem[:100] for one in fitting[:_SHOWN])
     raise AmbiguousDownload(
-        f"{len(fitting)} models of {repo_id} are {fitting[0].quantization}: {names}. Say one of these "
-        "names as `quantization`, or choose with `include`.",
+        f"{len(fitting)} models of {repo_id} are {fitting[0].quantization}: {names}. Say one of "
+        "these names as `quantization`, or choose with `include`.",
         param="quantization",
         details={"choices": described(fitting)},
     )

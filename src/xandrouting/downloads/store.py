@@ -56,6 +56,7 @@ class JobStore:
     def __init__(self, connection: sqlite3.Connection | None) -> None:
         """Use `open` instead; a connection of None keeps nothing."""
         self._connection = connection
+        self._unsaved: dict[str, Job] = {}  # what the disk did not take yet
         self._warned = False
 
     @classmethod
@@ -69,6 +70,9 @@ class JobStore:
             return []
         try:
             self._connection.execute(_TRIM, (MAX_ENDED,))
+        except sqlite3.Error as error:
+            self._warn(error)  # what is there can be read on a full disk too
+        try:
             rows = self._connection.execute(
                 "SELECT id, job FROM jobs ORDER BY created_at, rowid"
             ).fetchall()
@@ -84,25 +88,39 @@ class JobStore:
         return jobs
 
     def save(self, job: Job) -> None:
-        """Keep the job as it is now.
+        """Keep the job as it is now; where the disk does not take it, with the next one.
 
         Raises:
             DestinationOccupied: another gateway has a download of the same destination.
         """
         if self._connection is None:
             return
-        row = job.id, job.order.destination, str(job.state), job.created_at, _ENCODE(job).decode()
-        try:
-            self._connection.execute(_SAVE, row)
-        except sqlite3.IntegrityError as error:
+        self._unsaved[job.id] = job
+        if job.id in self._write():
             raise DestinationOccupied(
                 f"Another download fetches into {job.order.destination!r}.", param="destination"
-            ) from error
-        except sqlite3.Error as error:
-            self._warn(error)
+            )
+
+    def _write(self) -> set[str]:
+        """Write what is not written yet; return the jobs whose destination another one has."""
+        assert self._connection is not None
+        refused = set()
+        for job in list(self._unsaved.values()):
+            destination, state = job.order.destination, str(job.state)
+            row = job.id, destination, state, job.created_at, _ENCODE(job).decode()
+            try:
+                self._connection.execute(_SAVE, row)
+            except sqlite3.IntegrityError:
+                refused.add(job.id)
+            except sqlite3.Error as error:
+                self._warn(error)
+                break
+            del self._unsaved[job.id]
+        return refused
 
     def forget(self, job_id: str) -> None:
         """Keep nothing of a job any more."""
+        self._unsaved.pop(job_id, None)
         if self._connection is None:
             return
         try:
@@ -112,6 +130,8 @@ class JobStore:
 
     def close(self) -> None:
         """Close the file; later calls keep nothing."""
+        if self._connection is not None:
+            self._write()
         connection, self._connection = self._connection, None
         if connection is not None:
             try:
@@ -120,7 +140,7 @@ class JobStore:
                 self._warn(error)
 
     def _warn(self, error: sqlite3.Error) -> None:
-        # The next write is tried all the same: a full disk may be emptied.
+        # The next write is tried all the same, and this one with it: a full disk may be emptied.
         if not self._warned:
             log.warning("downloads not written, kept in memory only reason=%s", error)
         self._warned = True

@@ -64,11 +64,14 @@ def roots_of(models_dir: Path, further: Iterable[Further]) -> tuple[Root, ...]:
     return tuple(roots)
 
 
-def root_of(roots: Sequence[Root], seen: str) -> tuple[Root, str]:
-    """Return the root that a path relative to `/models` lies in, and the path relative to that."""
-    for root in reversed(roots):  # the nameless one last
+def root_of(roots: Sequence[Root], seen: str, *, read_only: bool) -> tuple[Root, str]:
+    """Return the root that a path relative to `/models` lies in, and the path relative to that.
+
+    `read_only`: in a further one. A folder of the models directory may have the name of one.
+    """
+    for root in roots:
         inside = root.within(seen)
-        if inside is not None:
+        if root.read_only is read_only and inside is not None:
             return root, inside
     raise ValueError(f"not under {VIRTUAL_ROOT}: {seen}")
 

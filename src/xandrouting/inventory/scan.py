@@ -88,7 +88,7 @@ def recheck(root: Path | Sequence[Root], model: ModelFile, cache: HeaderCache) -
     It blocks. A file that a symlink has replaced is gone: where it leads is not looked at.
     """
     roots = (Root(root),) if isinstance(root, Path) else root
-    home, relative = root_of(roots, model.relative)
+    home, relative = root_of(roots, model.relative, read_only=model.read_only)
     base = home.base
     if model.format is ModelFormat.SAFETENSORS:
         found = _recheck_folder(base, relative, cache)
