@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from datetime import datetime
 from typing import Any
@@ -451,3 +452,11 @@ def test_models_need_not_be_there_at_the_start(serve: Serve) -> None:
     error_of(server.chat(model="later"), 404, "model_not_found")
     models_dir(server.models, "later/later.gguf")
     assert ok(server.chat(model="later"))
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
+def test_the_gateway_lets_its_engines_go_on(server: Server) -> None:
+    """It may be put behind others for a moment; what it starts is as it always was."""
+    ok(server.chat(max_tokens=1))
+    assert os.sched_getscheduler(server.pid) & ~os.SCHED_RESET_ON_FORK == os.SCHED_BATCH
+    assert os.sched_getscheduler(item_of(server)["pid"]) == os.SCHED_OTHER
