@@ -189,17 +189,16 @@ def raise_file_limit() -> None:
 
 
 def give_engines_their_time() -> None:
-    """Let a processor's running engine go on for a moment before this process takes its turn.
+    """Have this process and its engines take turns on a core in batches.
 
     Where engines run on all cores, each token woke the gateway, and each time an engine's
     thread was put off and the others waited for it: with 8 streams of vLLM on two cores that
-    cost 4 % of its speed. So several tokens are passed on in one turn. Where a core is free
-    nothing changes. What is started from here is as it always was.
+    cost 4 % of its speed. Who wakes up now lets who runs go on for a moment, so several tokens
+    are passed on in one turn. Where a core is free nothing changes. Engines inherit it.
     """
     if hasattr(os, "SCHED_BATCH"):  # Linux
         with contextlib.suppress(OSError):  # a sandbox that does not allow it
-            policy = os.SCHED_BATCH | os.SCHED_RESET_ON_FORK
-            os.sched_setscheduler(0, policy, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def run(settings: Settings, on_ready: Callable[[Gateway], None], listener: Listener) -> int:
