@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.fakes.hub import Hub
 from tests.server import Server, ok
@@ -78,6 +80,21 @@ def incoming(server: Server) -> list[Path]:
     """Every file of unfinished downloads that holds bytes."""
     files = (path for path in (server.models / ".incoming").rglob("*") if path.is_file())
     return [path for path in files if path.stat().st_size]
+
+
+@contextmanager
+def small_filesystem(folder: Path, size: str) -> Iterator[Path]:
+    """Mount a file system of `size`, as mount(8) reads it, for as long as the block lasts."""
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
+    )
+    if made.returncode != 0:
+        pytest.skip(f"no filesystem can be mounted here: {made.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def check_published(server: Server, hub: Hub, repo_id: str, destination: str) -> None:

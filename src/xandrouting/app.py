@@ -158,33 +158,7 @@ class Gateway:
             on_news=self._newsroom.download,
         )
         self._newsroom.attend_downloads(self.downloads.views)
-        control = build_control(
-            Services(
-                version=__version__,
-                max_loaded=settings.max_loaded,
-                inference=self.inference,
-                pool=self.pool,
-                loads=self.loads,
-                parking=self._parking,
-                catalog=self.catalog,
-                inventory=self.inventory,
-                upstreams=self.upstreams,
-                stats=self.stats,
-                metrics=Metrics(
-                    self.stats,
-                    self._gauges,
-                    self._upstreams_up,
-                    partial(fetching.gauges, self.downloads),
-                ),
-                bus=self._newsroom.bus,
-                logs=logs,
-                backends=self._statuses,
-                default_ttl_s=settings.default_ttl,
-                downloads=self.downloads,
-                is_downloaded_into=partial(fetching.writes_into, self.downloads),
-            )
-        )
-        self.asgi = dispatcher(self.inference, control, self.gate)
+        self.asgi = dispatcher(self.inference, build_control(self._services()), self.gate)
         if settings.cors_origins:
             self.asgi = CORSMiddleware(
                 self.asgi,
@@ -193,6 +167,32 @@ class Gateway:
                 allow_headers=("*",),
                 expose_headers=("x-request-id", "x-xandrouting-engine", "x-xandrouting-load"),
             )
+
+    def _services(self) -> Services:
+        return Services(
+            version=__version__,
+            max_loaded=self._settings.max_loaded,
+            inference=self.inference,
+            pool=self.pool,
+            loads=self.loads,
+            parking=self._parking,
+            catalog=self.catalog,
+            inventory=self.inventory,
+            upstreams=self.upstreams,
+            stats=self.stats,
+            metrics=Metrics(
+                self.stats,
+                self._gauges,
+                self._upstreams_up,
+                partial(fetching.gauges, self.downloads),
+            ),
+            bus=self._newsroom.bus,
+            logs=self._logs,
+            backends=self._statuses,
+            default_ttl_s=self._settings.default_ttl,
+            downloads=self.downloads,
+            is_downloaded_into=partial(fetching.writes_into, self.downloads),
+        )
 
     async def __aenter__(self) -> Self:
         await self.inventory.__aenter__()

@@ -38,6 +38,7 @@ from tests.fetching import (
     movers,
     pause,
     resume,
+    small_filesystem,
     until,
     until_bytes,
 )
@@ -233,17 +234,8 @@ def check_published_beside(server: Server, hub: Hub, repo_id: str) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 12 MiB."""
-    folder = tmp_path / "models"
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True
-    )
-    if made.returncode != 0:
-        pytest.skip(f"no filesystem can be mounted here: {made.stderr.decode().strip()}")
-    try:
+    with small_filesystem(tmp_path / "models", "12m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_disk_that_is_too_small_or_fills_up(

@@ -305,10 +305,12 @@ def test_upstream_that_falls_silent_in_a_stream_is_given_up(serve: Serve) -> Non
         call.begin_events()
         for word in ("one ", "two "):
             call.event({"choices": [{"index": 0, "delta": {"content": word}}]})
-            time.sleep(0.3)  # each pause is shorter than what is waited
+            time.sleep(
+                0.8
+            )  # its pace: one pause is shorter than what is waited, both are longer
         call.until_left()
 
-    with serving(serve, stall, upstream_timeout_s=0.5) as site:
+    with serving(serve, stall, upstream_timeout_s=1.5) as site:
         with site.server.stream(model="odd/m") as stream:
             *chunks, last = stream.rest()
         assert deltas(chunks) == "one two "

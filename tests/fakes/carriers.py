@@ -80,10 +80,12 @@ class FakeCarriers:
     """Every run there was, in order."""
 
     all: list[FakeCarrier] = field(default_factory=list)
+    _made: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __call__(self, order: Mapping[str, Any]) -> FakeCarrier:
         carrier = FakeCarrier(order)
         self.all.append(carrier)
+        self._made.set()
         return carrier
 
     async def next(self, number: int | None = None) -> FakeCarrier:
@@ -91,6 +93,7 @@ class FakeCarriers:
         number = len(self.all) if number is None else number
         async with asyncio.timeout(5):
             while len(self.all) <= number:
-                await asyncio.sleep(0.005)
+                self._made.clear()
+                await self._made.wait()
             await self.all[number].running.wait()
         return self.all[number]

@@ -34,6 +34,7 @@ from tests.fakes.movers import (
     run_mover,
     waits,
 )
+from tests.fetching import small_filesystem
 from tests.waiting import wait_for
 
 MIB = 1 << 20
@@ -305,17 +306,8 @@ def test_all_faults_at_once(hub: Hub, tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 3 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True
-    )
-    if made.returncode != 0:
-        pytest.skip(f"no filesystem can be mounted here: {made.stderr.decode().strip()}")
-    try:
+    with small_filesystem(tmp_path / "small", "3m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_full_disk_keeps_every_byte_and_goes_on_when_there_is_room(

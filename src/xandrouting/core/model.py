@@ -212,10 +212,10 @@ class LaunchPlan:
     """What to run, as an engine's adapter says it; a launcher obeys.
 
     In `argv`, `env` and `order` the launcher replaces `{port}` with the port it chose on the
-    engine's machine, and in `env` `{key}` with a key it drew, which the engine asks of its
-    clients, and `{cores}` with the cores it chose for the engine, as `0-3,6`: never all those of
-    an engine beside it, if there are others; `{scratch}` with a folder of the engine's own for
-    temporary files, which goes when it is gone. `env` is added to the launcher's own. A line of
+    engine's machine; in `env` and `order` `{cores}` with the cores it chose for the engine, as
+    `0-3,6`: never all those of an engine beside it, if there are others; and in `env` `{key}`
+    with a key it drew, which the engine asks of its clients, and `{scratch}` with a folder of
+    the engine's own for temporary files, which goes when it is gone. `env` is added to the launcher's own. A line of
     output that begins with `ready_line` means the engine listens. An empty `health_path`: there
     is nothing to ask. `base_url` and `api_key` are set only for engines somebody else started.
 

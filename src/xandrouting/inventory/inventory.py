@@ -214,7 +214,7 @@ class Inventory:
             await self._keep_up()
         except ScanStopped:
             pass
-        except Exception:
+        except Exception:  # the edge of the task
             self._settled = False  # lists scan for themselves again
             log.exception("models are no longer followed")
 
