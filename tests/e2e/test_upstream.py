@@ -305,9 +305,7 @@ def test_upstream_that_falls_silent_in_a_stream_is_given_up(serve: Serve) -> Non
         call.begin_events()
         for word in ("one ", "two "):
             call.event({"choices": [{"index": 0, "delta": {"content": word}}]})
-            time.sleep(
-                0.8
-            )  # its pace: one pause is shorter than what is waited, both are longer
+            time.sleep(0.8)  # its pace: one is shorter than the wait, both longer
         call.until_left()
 
     with serving(serve, stall, upstream_timeout_s=1.5) as site:
