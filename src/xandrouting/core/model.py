@@ -215,9 +215,10 @@ class LaunchPlan:
     engine's machine; in `env` and `order` `{cores}` with the cores it chose for the engine, as
     `0-3,6`: never all those of an engine beside it, if there are others; and in `env` `{key}`
     with a key it drew, which the engine asks of its clients, and `{scratch}` with a folder of
-    the engine's own for temporary files, which goes when it is gone. `env` is added to the launcher's own. A line of
-    output that begins with `ready_line` means the engine listens. An empty `health_path`: there
-    is nothing to ask. `base_url` and `api_key` are set only for engines somebody else started.
+    the engine's own for temporary files, which goes when it is gone. `env` is added to the
+    launcher's own. A line of output that begins with `ready_line` means the engine listens. An
+    empty `health_path`: there is nothing to ask. `base_url` and `api_key` are set only for
+    engines somebody else started.
 
     A program with an `order` does nothing until it is told that line on its stdin. Before, it
     is nobody's, and may have been started for another plan with the same `argv` and `env`. Told
