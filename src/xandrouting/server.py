@@ -131,8 +131,10 @@ async def _serve(
         gc.freeze()  # what is here now stays: later collections need not look at it
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         log.info("server stopping grace_s=%.0f", settings.shutdown_grace_s)
-        await gateway.downloads.aclose()
-        await gateway.pool.drain(settings.shutdown_grace_s)
+        # Together: while a mover ends, nothing new is let in either.
+        await asyncio.gather(
+            gateway.pool.drain(settings.shutdown_grace_s), gateway.downloads.aclose()
+        )
         gateway.close_streams()
         server.should_exit = True
         await serving

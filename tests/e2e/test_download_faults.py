@@ -219,6 +219,22 @@ def test_sigterm_stops_at_once_and_the_next_start_goes_on(
     until(server, paused["job_id"], "completed")
 
 
+def test_new_work_is_refused_while_a_mover_ends(serve: Serve, hub: Hub, repo: str) -> None:
+    hub.fault(f"{repo}/{WEIGHTS}", Slow(MIB), times=None)
+    server = serve(hf_endpoint=hub.url)
+    ask(server, repo)
+    [mover] = wait_for(lambda: movers(server))
+    mover.suspend()  # it is killed a second after it was told to end
+    with server.stream(text="Tell me a long story.", ignore_eos=True, max_tokens=100) as stream:
+        stream.first()
+        server.signal()
+        wait_for(lambda: "server stopping" in server.log())
+        error_of(server.chat(), 503, "shutting_down")
+        assert mover.is_running()
+        assert stream.rest()[-1] == "[DONE]"
+    assert server.wait(5) == 0
+
+
 def _all(server: Server) -> list[dict[str, Any]]:
     jobs: list[dict[str, Any]] = ok(server.get("/v1/models/download"))["downloads"]
     return jobs
