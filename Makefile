@@ -14,8 +14,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: $(VENV)/.serve ## Set everything up and run the server (ARGS="--port 9000")
-	@$(BIN)/python scripts/fetch_starter.py "$${XANDROUTING_MODELS_DIR:-$(MODELS_DIR)}"
-	@MODELS_DIR="$(MODELS_DIR)" exec $(BIN)/xandrouting serve $(ARGS)
+	@MODELS_DIR="$(MODELS_DIR)" exec $(BIN)/xandrouting serve --starter $(ARGS)
 
 vllm: $(VENV)/.serve ## Install vLLM into .venv-vllm (ARGS="--gpu --force")
 	@$(BIN)/xandrouting engines install vllm --into $(VLLM_VENV) $(ARGS)

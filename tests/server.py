@@ -112,7 +112,7 @@ class Server:
 
     def start(self) -> Self:
         """Start it and return when it serves."""
-        stdout = self._launch()
+        stdout = self.launch()
         try:
             wait_for(lambda: "\n" in stdout.read_text() or is_gone(self.process), START_TIMEOUT_S)
             word, _, url = stdout.read_text().partition("\n")[0].partition(" ")
@@ -131,7 +131,7 @@ class Server:
 
     def refuses_to_start(self) -> str:
         """Start it where it cannot serve; return what it says."""
-        stdout = self._launch()
+        stdout = self.launch()
         try:
             assert self.wait(START_TIMEOUT_S) == 2
             assert stdout.read_text() == ""
@@ -139,7 +139,7 @@ class Server:
             self.close()
         return self.log()
 
-    def _launch(self) -> Path:
+    def launch(self) -> Path:
         """Begin its process; return the file its stdout goes to."""
         self.data.mkdir(parents=True, exist_ok=True)
         settings = {f"XANDROUTING_{n.upper()}": str(v) for n, v in self._settings.items()}

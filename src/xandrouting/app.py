@@ -16,6 +16,7 @@ from xandrouting.core.errors import GatewayError, MethodNotAllowed
 from xandrouting.core.ledger import Ledger
 from xandrouting.core.model import HOST, Backend, EngineSpec
 from xandrouting.core.scheduler import Scheduler
+from xandrouting.core.sizes import in_words
 from xandrouting.engines.upstream import OLLAMA, Upstream
 from xandrouting.fetching import build_downloads
 from xandrouting.http.body import Receive
@@ -25,6 +26,7 @@ from xandrouting.http.gate import Gate
 from xandrouting.http.inference import HOT_PATHS, InferenceApi, Scope
 from xandrouting.http.loads import Loads
 from xandrouting.http.news import Newsroom
+from xandrouting.http.preloads import Preloads
 from xandrouting.http.schemas import EngineStatus
 from xandrouting.http.services import Services
 from xandrouting.http.upstream import UPSTREAM, UpstreamApi
@@ -147,6 +149,7 @@ class Gateway:
             autoload=settings.models_autoload,
         )
         self.loads = Loads(self.inference, self.pool)
+        self._preloads = Preloads(self.loads, self.upstreams, wait_s=settings.max_load_wait_s)
         self.downloads = build_downloads(
             models_dir=settings.models_dir,
             data_dir=settings.data_dir,
@@ -212,6 +215,7 @@ class Gateway:
     async def __aexit__(self, *_: object) -> None:
         self.close_streams()
         await self.downloads.aclose()
+        await self._preloads.aclose()
         await self.loads.aclose()
         await self.upstreams.aclose()
         await self.pool.aclose()
@@ -221,13 +225,15 @@ class Gateway:
         await self._external.aclose()
         self._store.close()
 
+    async def fetch_starter(self) -> None:
+        """Download the starter model if the settings say so and no model is here."""
+        if self._settings.starter:
+            await fetching.fetch_starter(self.downloads, self.inventory)
+
     async def preload(self) -> None:
         """Begin to load what the settings name; what fails is logged and nothing else."""
-        for name in dict.fromkeys((*self._settings.pinned, *self._settings.preload)):
-            try:
-                await self.loads.start(LoadRequest(model=name))
-            except GatewayError as error:
-                log.warning("preload failed model=%s code=%s %s", name, error.code, error.message)
+        pinned = self._settings.pinned
+        await self._preloads.begin((*pinned, *self._settings.preload), pinned=pinned)
 
     def serves(self, model: ModelFile) -> bool:
         """Whether a request for this model could be answered as it is by default."""
@@ -256,13 +262,14 @@ class Gateway:
                 log.warning("pin ignored model=%s %s", name, error.message)
         together = self._scheduler.fit_together(specs)
         if not together.fits:
-            sizes = ", ".join(f"{m} {size / 2**30:.2f} GiB" for m, size in together.sizes)
+            sizes = ", ".join(f"{m} {in_words(size)}" for m, size in together.sizes)
             raise CannotStart(
                 f"the pinned models do not fit together: {sizes}; engines may take "
                 f"{together.limits}. Pin fewer, or raise ram_budget or vram_budget"
             )
         for spec in specs:
-            self.pool.pin(spec.key.model, pinned=True)
+            if spec.key.is_local:  # an Ollama keeps what is pinned by how it is loaded
+                self.pool.pin(spec.key.model, pinned=True)
 
     def _statuses(self) -> Mapping[str, EngineStatus]:
         found = {str(backend): status for backend, status in self._engines.statuses.items()}

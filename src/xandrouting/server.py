@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Generator, MutableMapping
+from collections.abc import Callable, Coroutine, Generator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +126,10 @@ async def _serve(
         stopping = asyncio.create_task(asked.wait())
         await server.accepting.wait()
         await warm_up(gateway.asgi)
-        on_ready(gateway)
-        await gateway.preload()
+        await _unless(stopping, gateway.fetch_starter())
+        if not stopping.done():
+            on_ready(gateway)
+            await gateway.preload()
         gc.freeze()  # what is here now stays: later collections need not look at it
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         log.info("server stopping grace_s=%.0f", settings.shutdown_grace_s)
@@ -140,6 +142,17 @@ async def _serve(
         await serving
         stopping.cancel()
     return 0
+
+
+async def _unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`, or leave it where it is as soon as the server is to stop."""
+    task = asyncio.create_task(work)
+    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    elif not task.cancelled():
+        task.result()
 
 
 async def warm_up(app: Asgi) -> None:

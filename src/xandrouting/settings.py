@@ -194,6 +194,9 @@ class Settings(BaseSettings):
     hf_token: SecretStr | None = Field(
         None, description="the token for repositories of the hub that are gated or private"
     )
+    starter: bool = Field(
+        False, description="download a small model for a first chat if there is none at all"
+    )
     max_downloads: PositiveInt = Field(
         2, description="downloads that move at once; the others wait"
     )

@@ -263,7 +263,7 @@ def test_a_disk_that_is_too_small_or_fills_up(
         error = error_of(answer, 507, "insufficient_disk")
         assert error["details"]["needed_bytes"] == 13 * MIB
         assert error["details"]["free_bytes"] <= 12 * MIB
-        assert "GiB" in error["message"]
+        assert "needs 13.0 MiB" in error["message"]
         hub.fault(f"{repo}/{WEIGHTS}", Stall(3 * MIB))
         job = ask(server, repo)
         until_bytes(server, job["job_id"], 3 * MIB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -72,6 +73,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: write_gguf(path, metadata={"general.type": "adapter"}),
         "an adapter, not a model of its own",
     ),
+    "imatrix.gguf": (
+        lambda path: write_gguf(path, arch=None, metadata={"general.type": "imatrix"}),
+        "an importance matrix, not a model",
+    ),
+    "vocabulary.gguf": (lambda path: write_gguf(path, tensors=()), "no weights"),
     "split-00001-of-00003.gguf": (part(1, 3), "2 of 3 parts missing: 2, 3"),
     "swapped-00001-of-00001.gguf": (part(2, 3), "its header says it is part 2 of 3"),
     "closed.gguf": (closed, "unreadable: Permission denied"),
@@ -219,6 +225,47 @@ def test_a_models_directory_that_comes_late(tmp_path: Path) -> None:
         link_or_copy(starter(), _made(tmp_path / "models" / STARTER))
         wait_for(lambda: ids(server) == {MODEL}, SOON_S)
         assert ok(server.chat())
+
+
+def test_a_models_directory_that_is_deleted_and_comes_again(serve: Serve) -> None:
+    server = serve()
+    with server.events(topics="model") as events:
+        for number in range(3):
+            shutil.rmtree(server.models)
+            new = f"/models/{number}.gguf"
+            began = time.monotonic()
+            write_gguf(server.models / f"{number}.gguf")
+            told = events.until(lambda kind, data: kind == "inventory" and data["added"])
+            assert told["added"] == [new]
+            assert time.monotonic() - began < SOON_S
+            assert ids(server) == {new}
+
+
+def test_a_models_directory_that_is_a_model_is_listed(tmp_path: Path) -> None:
+    """People point vLLM at a folder like that."""
+    models = write_folder(tmp_path / "smol")
+    write_gguf(models / "loose.gguf")
+    with Server(models, tmp_path / "data") as server:
+        items = on_disk(server)
+        assert items.keys() == {"/models/loose.gguf", "/models/smol"}
+        assert items["/models/smol"]["problem"] is None
+        assert items["/models/smol"]["model_path"] == "/models/smol"
+        assert items["/models/smol"]["read_only"]
+        assert server.client.delete("/v1/models//models/smol").status_code == 403
+        assert on_disk(server) == items
+        assert "set models_dir to the folder above" in server.log()
+
+
+def test_a_file_whose_name_is_no_text_is_no_harm(serve: Serve, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "models" / "smol")
+    for name in (b"\xff.txt", b"line\nbreak.txt"):
+        (folder / os.fsdecode(name)).touch()
+    server = serve()
+    assert on_disk(server).keys() == {MODEL, "/models/smol"}
+    gone = ok(server.client.delete("/v1/models//models/smol"))
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    assert gone["files"] == [f"/models/smol/{name}" for name in names]
+    assert on_disk(server).keys() == {MODEL}
 
 
 def _made(path: Path) -> Path:

@@ -222,6 +222,72 @@ def test_unload_all_is_for_this_server_s_own(server: Server, there: Ollama) -> N
     assert list(there.running) == ["llama3.2:latest"]
 
 
+def test_what_a_chat_has_it_load_is_shown_at_once(server: Server, there: Ollama) -> None:
+    began = time.monotonic()
+    for model in (LLAMA, "ollama/qwen2.5:7b"):
+        assert ok(server.chat(model=model))
+        wait_for(lambda m=model: m in {item["path"] for item in server.loaded()})
+    assert time.monotonic() - began < 8.0  # two looks that came by themselves are 10 s apart
+
+
+def test_one_bad_entry_is_passed_over(serve: Serve) -> None:
+    with ollama(models={"llama3.2:latest": 2 * GIB, "odd:1": -1}) as odd:
+        server = serve(ollama_base_url=odd.url)
+        wait_for(lambda: LLAMA in models(server))
+        assert "ollama/odd:1" not in models(server)
+        assert up(server) == {"ollama": 1}
+        assert ok(server.chat(model=LLAMA))
+        log = server.log()
+    assert log.count("upstream entry passed over upstream=ollama entry=/api/tags 'odd:1'") == 1
+
+
+def test_preload_and_pin_of_the_settings(serve: Serve) -> None:
+    with ollama(models={"llama3.2:latest": 2 * GIB, "qwen2.5:7b": 5 * GIB}, load_s=0.5) as there:
+        server = serve(
+            ollama_base_url=there.url,
+            upstreams=f"other={there.url}",
+            preload="ollama/none,ollama/llama3.2,other/llama3.2",
+            pinned="ollama/qwen2.5:7b",
+        )
+        wait_for(lambda: len(there.running) == 2)
+        loads = [asked.json for asked in there.web.posts()]
+        wait_for(lambda: "preloaded model=ollama/llama3.2" in server.log())
+        assert server.system()["pinned"] == []
+        assert {item["path"]: item["ttl"] for item in server.loaded()} == {
+            "ollama/qwen2.5:7b": 0,
+            LLAMA: None,
+        }
+        log = server.log()
+    assert [(load["model"], load.get("keep_alive")) for load in loads] == [
+        ("qwen2.5:7b", -1),
+        ("none", None),
+        ("llama3.2", None),
+    ]
+    assert "preload failed model=ollama/none code=model_not_found" in log
+    assert "preload failed model=other/llama3.2 code=invalid_request" in log
+    assert "preloaded model=ollama/qwen2.5:7b" in log
+
+
+def test_preload_where_no_ollama_is(serve: Serve) -> None:
+    server = serve(ollama_base_url=f"127.0.0.1:{free_port()}", preload="ollama/llama3.2")
+    wait_for(lambda: "preload failed model=ollama/llama3.2" in server.log())
+    assert "code=upstream_unreachable" in server.log()
+
+
+def test_the_end_waits_for_no_preload(serve: Serve) -> None:
+    with ollama(load_s=20.0) as slow:
+        server = serve(ollama_base_url=slow.url, preload="ollama/llama3.2")
+        wait_for(lambda: slow.web.posts())
+        began = time.monotonic()
+        server.close()
+        assert time.monotonic() - began < 10.0
+
+
+def test_pin_by_wish_is_answered_with_what_does_it(server: Server) -> None:
+    error = error_of(server.post("/v1/models/pin", {"model": LLAMA}), 400, "invalid_request")
+    assert "ttl" in error["message"]
+
+
 def test_it_can_be_switched_off(serve: Serve) -> None:
     server = serve(ollama_base_url="none")
     assert ok(server.get("/health"))["engines"]["ollama"]["available"] is False

@@ -104,6 +104,8 @@ def test_the_list(server: Server) -> None:
     assert not model["status"]["failed"]
     assert "exit_code" not in model["status"]
     assert "meta" not in model
+    assert "progress" not in model["status"]
+    assert (model["source"], model["can_remove"]) == ("models_dir", True)
     assert isinstance(model["created"], int)
 
 
@@ -365,5 +367,6 @@ def test_all_of_it_asks_for_the_key(serve: Serve) -> None:
     for path in ("/models", "/models/sse", "/props"):
         error_of(server.get(path), 401, "invalid_api_key")
     error_of(load(server), 401, "invalid_api_key")
+    error_of(server.client.delete("/models", params={"model": MODEL}), 401, "invalid_api_key")
     headers = {"authorization": "Bearer k"}
     assert ok(server.get("/models", headers=headers))["data"]

@@ -279,6 +279,25 @@ def test_answer_that_ends_early(serve: Serve) -> None:
         assert len(site.odd.posts()) == 2  # it may have acted on them: nothing is asked again
 
 
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_answer_of_nothing_is_none(serve: Serve, kind: str) -> None:
+    with serving(serve, lambda call, _: call.say(200, b"", kind)) as site:
+        for fields in ({}, {"stream": True}):
+            error = error_of(site.server.chat(model="odd/m", **fields), 502, "upstream_error")
+            assert "The upstream odd answered with nothing" in error["message"]
+
+
+def test_stream_that_ends_without_a_word_ends_with_an_error(serve: Serve) -> None:
+    def nothing(call: Call, _: Asked) -> None:
+        call.begin_events()
+        time.sleep(0.2)  # its headers have gone on
+        call.wfile.write(b"0\r\n\r\n")
+
+    with serving(serve, nothing) as site, site.server.stream(model="odd/m") as stream:
+        [only] = stream.rest()
+    assert json.loads(only)["error"]["code"] == "upstream_error"
+
+
 def test_plain_answer_that_is_cut_short_closes_the_connection(serve: Serve) -> None:
     def half(call: Call, _: Asked) -> None:
         call.send_response(200)

@@ -82,6 +82,7 @@ class FakeHandle:
         self._stop_s = stop_s
         self._memory = memory
         self._lines: list[str] = []
+        self.was_spare = False
         self._said_ready = asyncio.Event()
         self._gone = asyncio.Event()
         self._loading: asyncio.TimerHandle | None = None
@@ -118,6 +119,10 @@ class FakeHandle:
 
     def activity(self) -> int:
         return len(self._lines)
+
+    @property
+    def never_began(self) -> bool:
+        return self.was_spare and not self._lines
 
     async def ready_line(self) -> None:
         await self._said_ready.wait()
@@ -230,6 +235,7 @@ class FakeLauncher:
             raise
         if isinstance(self.fail, Exception):
             raise self.fail
+        was_spare = bool(plan.order and self.prepared)
         if plan.order:
             self.prepared.clear()
         handle = FakeHandle(
@@ -241,6 +247,7 @@ class FakeLauncher:
             exit_status=self.fail,
             memory=self.memory,
         )
+        handle.was_spare = was_spare
         for line in self.says:
             handle.say(line)
         self.on_start(handle)

@@ -220,7 +220,9 @@ async def test_mover_knows_the_token_and_little_else(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.tokens.add("hf_secret")
-    for name in ("XANDROUTING_API_KEY", "HTTPS_PROXY", "HTTP_PROXY", "PYTHONPATH", "HF_HOME"):
+    proxies = {f"{scheme}_proxy" for scheme in ("http", "https", "all", "no")}
+    proxies |= {name.upper() for name in proxies}
+    for name in ("XANDROUTING_API_KEY", *proxies, "FTP_PROXY", "PYTHONPATH", "HF_HOME"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     hub.fault(BIG, Stall(1000), times=None)
     order, ears = order_for(hub, tmp_path), Ears()
@@ -233,7 +235,7 @@ async def test_mover_knows_the_token_and_little_else(
     await task
     assert environ["HF_TOKEN"] == "hf_secret"
     allowed = {"HF_TOKEN", "PATH", "LANG", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"}
-    assert set(environ) <= allowed
+    assert proxies <= set(environ) <= allowed | proxies
     assert not any("hf_secret" in argument for argument in argv)
     assert hub.authorizations("hub") == {"Bearer hf_secret"}
     assert hub.authorizations("cdn") == set()

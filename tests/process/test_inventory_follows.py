@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -164,6 +165,64 @@ async def test_the_models_directory_comes_goes_and_is_replaced(tmp_path: Path) -
         await world.sees("/models/c.gguf")
 
 
+@pytest.mark.parametrize("where", ["a", ""])
+async def test_a_folder_that_took_another_s_place_is_watched(world: World, where: str) -> None:
+    """Its path is the same as before, and on many file systems its inode is too."""
+    folder = world.root / where
+    for number in range(3):
+        shutil.rmtree(folder)
+        write_gguf(folder / "b.gguf")
+        await async_wait_for(lambda: len(world.ids) == 1 and world.ids[0].endswith("b.gguf"))
+        await world.settles()
+        write_gguf(folder / f"{number}.gguf")
+        await async_wait_for(lambda: len(world.ids) == 2, SOON_S)
+        await world.settles()
+
+
+async def test_folders_that_change_places_are_watched(world: World, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "new" / "b.gguf")
+    (world.root / "a").rename(tmp_path / "old")
+    (tmp_path / "new").rename(world.root / "a")
+    await world.sees("/models/a/b.gguf")
+    await world.settles()
+    write_gguf(world.root / "a" / "c.gguf")
+    await world.sees("/models/a/b.gguf", "/models/a/c.gguf")
+
+
+@pytest.mark.parametrize("where", ["a", ""])
+async def test_a_file_system_comes_and_goes(world: World, where: str) -> None:
+    at = world.root / where
+    if os.geteuid() != 0 or _mount("-t", "tmpfs", "none", str(at)) != 0:
+        pytest.skip("nothing may be mounted here")
+    try:
+        await world.sees()
+        await world.settles()
+        write_gguf(at / "b.gguf")
+        await async_wait_for(lambda: len(world.ids) == 1, SOON_S)
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
+    await world.sees("/models/a/a.gguf")
+    await world.settles()
+    write_gguf(world.root / "a" / "c.gguf")
+    await world.sees("/models/a/a.gguf", "/models/a/c.gguf")
+
+
+def _mount(*arguments: str) -> int:
+    return subprocess.run(["mount", *arguments], check=False, capture_output=True).returncode
+
+
+async def test_what_cannot_be_named_is_told_once(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_gguf(world.root / "a" / "back\\slash.gguf")
+    for _ in range(3):
+        await world.inventory.refresh()
+    assert caplog.text.count("file names not usable") == 1
+    write_gguf(world.root / "a" / "line\nbreak.gguf")
+    await world.inventory.refresh()
+    assert caplog.text.count("file names not usable") == 2
+
+
 async def test_a_further_root_is_followed(tmp_path: Path) -> None:
     nas = tmp_path / "nas"
     world = World(tmp_path / "models", Root(nas, "nas"))
@@ -195,6 +254,18 @@ async def test_what_cannot_be_watched_is_looked_at(
         assert len((await world.inventory.look()).models) == 3  # a list looks for itself
     assert caplog.text.count("models folders not watched") == 1
     assert ("max_user_watches" in caplog.text) == (why == "limit")
+
+
+async def test_a_models_directory_whose_name_is_no_text_is_looked_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path / os.fsdecode(b"\xffmodels"))
+    write_gguf(world.root / "a.gguf")
+    async with world.inventory:
+        await world.sees("/models/a.gguf")
+        write_gguf(world.root / "b.gguf")
+        await world.sees("/models/a.gguf", "/models/b.gguf")
+    assert caplog.text.count("models folders not watched") == 1
 
 
 async def test_a_first_scan_shows_what_it_has_read_so_far(

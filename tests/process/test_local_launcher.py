@@ -27,6 +27,7 @@ from tests.fakes.nvml import GIB, FakeCard, FakeNvml
 from tests.fakes.processes import (
     ENGINE,
     READY_LINE,
+    WAITING_LINE,
     all_gone,
     fake_plan,
     ordered_plan,
@@ -483,6 +484,31 @@ async def test_a_spare_is_for_its_own_program_and_environment(launcher: LocalLau
     told_nothing = await launcher.start(ENGINE, ordered_plan(order=""))
     assert process.pid not in (other.pid, without_order.pid, told_nothing.pid)
     assert (await ordered(launcher)).pid == process.pid
+
+
+async def test_it_is_known_of_a_spare_that_it_never_followed_its_order(
+    launcher: LocalLauncher,
+) -> None:
+    process = await spare(launcher)
+    [waiting] = launcher._spares.values()
+    await async_wait_for(lambda: WAITING_LINE in waiting.tail())
+    process.suspend()
+    handle = await launcher.start(ENGINE, ordered_plan())
+    process.kill()
+    assert await soon(handle.exited()) == -signal.SIGKILL
+    assert handle.pid == process.pid
+    assert handle.never_began
+
+
+@pytest.mark.parametrize("was_spare", [True, False])
+async def test_one_that_has_said_a_word_has_begun(launcher: LocalLauncher, was_spare: bool) -> None:
+    if was_spare:
+        await spare(launcher)
+    handle = await ordered(launcher)
+    assert handle.pid is not None
+    os.kill(handle.pid, signal.SIGKILL)
+    await soon(handle.exited())
+    assert not handle.never_began
 
 
 async def test_a_spare_s_words_are_nobody_s_until_it_is_an_engine() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -24,6 +25,7 @@ from tests.fakes.movers import (
     run_mover,
 )
 from tests.waiting import wait_for
+from xandrouting.downloads.mover_files import Order, take_over
 
 MIB = 1 << 20
 BIG = "big-Q4_0.gguf"
@@ -380,6 +382,18 @@ def test_merge_replaces_what_is_damaged_and_keeps_what_is_right(hub: Hub, tmp_pa
     assert (target / "sub/c.json").read_bytes() == b"{}"
     assert json.loads((target / MANIFEST).read_text()) == order["manifest"]
     assert not Path(order["parts"]).parent.exists()
+
+
+def test_what_may_be_right_counts_before_its_hash_is_known(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo(REPO, {BIG: ("random", MIB, 1), "config.json": b"{}"})
+    told = order_for(hub, tmp_path, merge=True)
+    target = Path(told["target"])
+    target.mkdir()
+    (target / BIG).write_bytes(b"\1" * MIB)
+    (target / "config.json").write_bytes(b"longer")
+    order = Order(told)
+    os.close(take_over(order))
+    assert {file.path: file.on_disk for file in order.files} == {BIG: MIB, "config.json": 0}
 
 
 def test_merge_replaces_nothing_of_somebody_else_s(hub: Hub, tmp_path: Path) -> None:

@@ -179,6 +179,67 @@ def test_after_a_reboot_every_pid_is_anothers(tmp_path: Path, mark: str) -> None
         assert not path.exists()
 
 
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's folder for temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def scratch(mark: str) -> Path:
+    folder = sweep.scratch_of(mark)
+    (folder / "below").mkdir(parents=True)
+    (folder / "below" / "file").write_text("left")
+    (folder / "link").symlink_to("/")
+    return folder
+
+
+def test_after_a_reboot_its_scratch_folder_is_removed(
+    tmp_path: Path, temporary: Path, mark: str
+) -> None:
+    (temporary / "theirs").mkdir()
+    scratch(mark)
+    with bystander() as process:
+        write(tmp_path, replace(record_of(process, mark), boot_id="before"))
+        assert sweep.sweep(tmp_path) == 0
+        assert not all_gone([process])()
+    assert [path.name for path in temporary.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("text", ["", '{"mark": "', "\0" * 300])
+def test_of_a_record_that_a_power_cut_emptied_the_folder_is_removed(
+    tmp_path: Path, temporary: Path, mark: str, text: str
+) -> None:
+    scratch(mark)
+    (tmp_path / f"{mark}.json").write_text(text)
+    assert sweep.sweep(tmp_path) == 0
+    assert list(temporary.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path != temporary] == []
+
+
+def test_the_folder_of_a_living_engine_stays_though_its_record_cannot_be_read(
+    tmp_path: Path, temporary: Path, mark: str
+) -> None:
+    folder = scratch(mark)
+    (tmp_path / f"{mark}.json").touch()
+    with bystander(mark) as process:
+        assert sweep.sweep(tmp_path) == 0
+        assert not all_gone([process])()
+        assert (folder / "below" / "file").exists()
+
+
+def test_a_record_names_no_folder_but_its_engine_s(tmp_path: Path, temporary: Path) -> None:
+    victim = temporary / "xr-" / "victim"
+    victim.mkdir(parents=True)
+    with bystander() as process:
+        record = record_of(process, "/victim")
+    (tmp_path / "any.json").write_text(json.dumps(asdict(replace(record, boot_id="before"))))
+    assert sweep.sweep(tmp_path) == 0
+    assert victim.exists()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"gateway": {"pid": 1}}'])
 def test_a_broken_record_is_dropped(
     tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture

@@ -289,6 +289,19 @@ def test_an_unload_of_what_is_no_model(whole: Machine) -> None:
         whole.catalog.models_meant("nothing", None)
 
 
+@pytest.mark.parametrize("model", ["both", "/models/both", "file", "stray", "named", "cut"])
+def test_a_name_means_the_model_that_a_request_by_it_gets(whole: Machine, model: str) -> None:
+    assert whole.catalog.model_meant(model).id == whole.route(model).spec.key.model
+
+
+def test_who_is_not_installed_is_not_meant_where_another_can_serve(no_vllm: Machine) -> None:
+    for model, backend in (("both", None), ("both", "auto"), ("/models/both", None)):
+        meant = no_vllm.catalog.model_meant(model).id
+        assert meant == no_vllm.route(model, backend).spec.key.model
+        assert meant == "/models/both/another name.gguf"
+    assert no_vllm.catalog.model_meant("alone").id == "/models/alone"  # nobody else could
+
+
 # What the engine is told of a folder.
 
 

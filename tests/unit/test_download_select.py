@@ -65,7 +65,7 @@ def test_f16_is_not_bf16() -> None:
     assert details is not None
     names = {choice["name"]: choice["size_bytes"] for choice in details["choices"]}
     assert names == SIZES
-    assert "Q4_K_M (0.00 GiB)" in caught.value.message
+    assert "Q4_K_M (25 bytes)" in caught.value.message
 
 
 def test_exact_goes_before_unsloth_s_own() -> None:

@@ -199,3 +199,81 @@ def test_what_could_not_be_written_is_written_later(
             opened.save(replace(again, state=JobState.PAUSED))
     assert [job.state for job in saved(path)] == [JobState.CANCELLED, JobState.PAUSED]
     assert len(warnings(caplog)) == 1
+
+
+MINE = replace(JOB, state=JobState.DOWNLOADING)
+THEIRS = replace(MINE, id="dl_2", created_at=2.0, order=replace(ORDER, destination="m"))
+
+
+def test_two_gateways_leave_each_other_s_jobs_alone(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(path, MINE)
+    with closing(JobStore.open(path)) as first:
+        assert first.load() == [MINE]
+        assert first.is_alone
+        with closing(JobStore.open(path)) as second:
+            assert second.load() == []
+            assert not second.is_alone
+            [warning] = warnings(caplog)
+            assert "another gateway" in warning
+            assert second.save(THEIRS)
+            with pytest.raises(DestinationOccupied):
+                second.save(replace(THEIRS, id="dl_3", order=ORDER))
+            for one in (first, second):
+                assert one.unfinished() == {"dl_1": "n", "dl_2": "m"}
+    assert saved(path) == [MINE, THEIRS]
+
+
+def test_a_gateway_goes_on_with_its_own_when_it_comes_back(path: Path) -> None:
+    first, second = JobStore.open(path), JobStore.open(path)
+    first.save(MINE)
+    second.save(THEIRS)
+    first.close()
+    with closing(JobStore.open(path)) as first:
+        assert first.load() == [MINE]
+        assert not first.is_alone
+        second.close()
+        with closing(JobStore.open(path)) as second:
+            assert second.load() == [THEIRS]
+    assert saved(path) == [MINE, THEIRS]
+
+
+def test_jobs_of_who_is_gone_are_the_first_one_s(path: Path) -> None:
+    first, second = JobStore.open(path), JobStore.open(path)
+    second.save(THEIRS)
+    first.close()
+    second.close()
+    with closing(JobStore.open(path)) as first:
+        assert first.load() == [THEIRS]
+        with closing(JobStore.open(path)) as other:  # the second's seat is not free now
+            assert other.load() == []
+            other.save(MINE)
+        assert first.unfinished() == {"dl_1": "n", "dl_2": "m"}
+
+
+def test_without_locks_there_is_one_gateway(path: Path) -> None:
+    save(path, MINE)
+    path.with_suffix(".lock").unlink()
+    path.with_suffix(".lock").mkdir()
+    with closing(JobStore.open(path)) as first, closing(JobStore.open(path)) as second:
+        assert first.load() == second.load() == [MINE]
+
+
+def test_jobs_of_the_version_before(path: Path) -> None:
+    save(path, MINE)
+    execute(path, "ALTER TABLE jobs DROP COLUMN seat")
+    execute(path, "PRAGMA user_version = 1")
+    assert saved(path) == [MINE]
+    save(path, replace(MINE, state=JobState.PAUSED), THEIRS)
+    assert [job.state for job in saved(path)] == [JobState.PAUSED, JobState.DOWNLOADING]
+
+
+def test_whether_the_disk_took_it_is_said(path: Path) -> None:
+    with closing(JobStore.open(path)) as opened:
+        with nothing_can_be_written(path):
+            assert not opened.save(JOB)
+        assert opened.save(JOB)
+        opened.close()
+        assert opened.save(JOB)  # nothing is kept, and nothing of it is wrong
+        assert opened.unfinished() == {}

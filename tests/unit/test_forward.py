@@ -16,6 +16,7 @@ from xandrouting.core.errors import (
     EngineRejected,
     GatewayError,
     UnsupportedByEngine,
+    UpstreamEmpty,
     UpstreamNotAnApi,
     UpstreamRedirects,
     UpstreamTimeout,
@@ -152,7 +153,15 @@ async def forward(
         )
         on_whole = more.get("on_whole", lambda: None)
         name = "The engine of qwen"
-        await relay(response, answer, name=name, explain=explain, on_whole=on_whole)
+        may_be_empty = more.get("may_be_empty", True)
+        await relay(
+            response,
+            answer,
+            name=name,
+            explain=explain,
+            on_whole=on_whole,
+            may_be_empty=may_be_empty,
+        )
     finally:
         assert upstream.wire.finished == (upstream.error is None)
         assert [m.get("more_body", True) for m in got.messages[:-1]] == [True] * len(
@@ -634,3 +643,55 @@ async def test_an_answer_that_is_passed_on_raw_keeps_its_errors() -> None:
     failure, got = b'data: {"error":{"message":"x"}}\n\n', Got()
     await forward(Upstream(failure, (0.5, END)), got, explain=None)
     assert b"".join(got.pieces) == failure
+
+
+# Answers without a byte.
+
+
+@virtual_time
+async def test_an_answer_of_nothing_passes_where_it_may() -> None:
+    for headers in ([JSON], [EVENTS]):
+        got = Got()
+        await forward(Upstream(END, headers=headers), got)
+        assert (got.status, b"".join(got.pieces).strip(), got.ended) == (200, b"", True)
+
+
+@virtual_time
+@pytest.mark.parametrize("status", [200, 204])
+async def test_an_answer_of_nothing_is_told_before_the_status_line(status: int) -> None:
+    got = Got()
+    with pytest.raises(UpstreamEmpty, match="The engine of qwen answered with nothing at all"):
+        await forward(Upstream(1.0, END, status=status, headers=[JSON]), got, may_be_empty=False)
+    assert got.messages == []
+
+
+@virtual_time
+async def test_a_stream_of_nothing_is_told_as_soon_as_that_is_known() -> None:
+    """Its headers go out as they come, for a client that waits for them."""
+    got, ended = Got(), Upstream()
+    with pytest.raises(UpstreamEmpty):
+        await forward(Upstream(1.0, END), got, may_be_empty=False)
+    assert got.times == [0.0]
+    ended.wire.response.complete = True
+    with pytest.raises(UpstreamEmpty):
+        await forward(ended, got := Got(), may_be_empty=False)
+    assert got.messages == []
+
+
+@virtual_time
+async def test_what_is_something_passes_as_ever() -> None:
+    event = b'data: {"choices":[]}\n\n'
+    got = Got()
+    await forward(Upstream(1.0, event, END), got, may_be_empty=False)
+    assert (got.pieces[0], got.ended, got.times[:2]) == (event, True, [0.0, 1.0])
+    got = Got()
+    await forward(Upstream(b"{", 1.0, (b"}", END), headers=[JSON]), got, may_be_empty=False)
+    assert (got.pieces, got.times) == ([b"{", b"}"], [1.0, 1.0, 2.0])
+
+
+@virtual_time
+async def test_one_that_breaks_off_before_its_first_byte_is_told_as_such() -> None:
+    got = Got()
+    with pytest.raises(EngineError, match="broke off"):
+        await forward(Upstream(CUT, headers=[JSON]), got, may_be_empty=False)
+    assert got.messages == []

@@ -102,6 +102,15 @@ def test_the_version_is_that_of_the_readers(tmp_path: Path) -> None:
     assert version != version_of((module, folders_module))
 
 
+def test_all_that_the_readers_use_is_in_their_version() -> None:
+    counted = {reader.__name__ for reader in module._READERS}
+    used = set()
+    for reader in module._READERS:
+        lines = Path(str(reader.__file__)).read_text().splitlines()
+        used |= {line.split()[1] for line in lines if line.startswith("from xandrouting.")}
+    assert used - counted == set()
+
+
 @pytest.mark.parametrize("damage", [b"no database" * 100, b""])
 def test_a_damaged_file_is_moved_aside(
     root: Path, tmp_path: Path, read: list[str], damage: bytes
@@ -168,6 +177,29 @@ def test_a_store_that_fails_later_is_done_without(
     assert caplog.text.count("headers file fails") == 1
     store.close()
     assert scan(root, HeaderCache(store)) == first
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "sentence_bert_config.json", "chat_template.jinja"]
+)
+def test_a_folder_that_could_not_be_read_is_read_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (root / "smol" / name).write_text("{}")
+    cache = HeaderCache()
+    expected = scan(root, HeaderCache())
+    real = os.open
+
+    def refuse(path: str | Path, *arguments: int) -> int:
+        if Path(path).name == name:
+            raise OSError(24, os.strerror(24))
+        return real(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        problems = {model.id: model.problem for model in scan(root, cache).models}
+        assert problems["/models/smol"] == f"{name}: unreadable: Too many open files"
+    assert scan(root, cache) == expected
 
 
 def test_what_is_too_large_is_not_kept(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.fakes.launcher import FakeAdapter, FakeLauncher, name_of, running
+from tests.fakes.launcher import FakeAdapter, FakeHandle, FakeLauncher, name_of, running
 from tests.fakes.loop import virtual_time
 from tests.unit.scheduling import LLAMA, MISTRAL, QWEN, asking
 from xandrouting.core.engine_state import EngineState
@@ -680,6 +680,81 @@ async def test_a_load_that_fails_is_followed_by_a_spare() -> None:
             await use(pool, QWEN)
         await asyncio.sleep(0.1)
         assert len(launcher.prepared) == 1
+
+
+def dying(*times: float) -> FakeLauncher:
+    """A launcher whose first engines die so long after their start."""
+    launcher = FakeLauncher(load_s=5.0)
+    left = list(times)
+
+    def begun(handle: FakeHandle) -> None:
+        if left:
+            asyncio.get_running_loop().call_later(left.pop(0), handle.die, -9)
+
+    launcher.on_start = begun
+    return launcher
+
+
+@virtual_time
+async def test_a_spare_that_dies_as_it_is_taken_is_replaced_by_a_fresh_process(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    launcher, adapter = dying(0.001), FakeAdapter(order="serve")
+    news: list[News] = []
+    async with running(
+        launcher, adapter=adapter, on_news=lambda told: news.append(told.news)
+    ) as pool:
+        await asyncio.sleep(0.1)
+        assert len(launcher.prepared) == 1
+        engine = await use(pool, QWEN)
+        assert name_of(engine.id) == "qwen#1"
+        assert now() == pytest.approx(0.1 + 0.001 + 5.0)
+        assert [handle.was_spare for handle in launcher.handles] == [True, False]
+        assert engine.handle is launcher.handles[1]
+        assert (pool.loads, pool.load_failures) == (1, 0)
+        assert News.FAILED not in news
+        await asyncio.sleep(0.1)
+        assert len(launcher.prepared) == 1
+    assert launcher.journal[:3] == ["started qwen#1", "exited qwen#1", "started qwen#1"]
+    told = "spare ended as it was taken engine=/models/qwen.gguf@llamacpp/cpu#1 status=-9"
+    assert told in caplog.text
+
+
+@virtual_time
+async def test_the_fresh_process_is_the_last_one() -> None:
+    launcher, adapter = dying(0.001, 0.002), FakeAdapter(order="serve")
+    async with running(launcher, adapter=adapter) as pool:
+        await asyncio.sleep(0.1)
+        with pytest.raises(EngineStartFailed):
+            await use(pool, QWEN)
+        assert (len(launcher.handles), pool.load_failures) == (2, 1)
+        await asyncio.sleep(0.1)
+        assert len(launcher.prepared) == 1
+
+
+@virtual_time
+async def test_one_that_has_begun_its_load_is_not_started_again() -> None:
+    """What it was asked for may be the reason: it would die of that once more."""
+    launcher, adapter = dying(0.001), FakeAdapter(order="serve")
+    launcher.says = ("llama_model_loader: loaded meta data",)
+    async with running(launcher, adapter=adapter) as pool:
+        await asyncio.sleep(0.1)
+        with pytest.raises(EngineStartFailed):
+            await use(pool, QWEN)
+        assert [handle.was_spare for handle in launcher.handles] == [True]
+
+
+@virtual_time
+async def test_a_stop_while_the_fresh_process_loads_ends_it() -> None:
+    launcher, adapter = dying(0.001), FakeAdapter(order="serve")
+    async with running(launcher, adapter=adapter) as pool:
+        await asyncio.sleep(0.1)
+        claim = pool.claim(QWEN)
+        await asyncio.sleep(1.0)
+        [(view, _)] = pool.views()
+        await pool.unload([view.engine], force=True)
+        claim.release()
+        assert [handle.exit_status for handle in launcher.handles] == [-9, 0]
 
 
 @virtual_time

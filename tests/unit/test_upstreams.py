@@ -34,14 +34,18 @@ class There:
         self.answers: dict[str, Any] = {f"/{p.replace('__', '/')}": a for p, a in answers.items()}
         self.error: Exception | None = None
         self.hangs = False
+        self.takes_s = 0.0
         self.times: list[float] = []
+        self.paths: list[str] = []
         self.limits: set[int] = set()
 
     async def get(self, path: bytes, *, limit: int) -> tuple[int, bytes]:
         self.times.append(asyncio.get_running_loop().time())
+        self.paths.append(path.decode())
         self.limits.add(limit)
         if self.hangs:
             await asyncio.Event().wait()
+        await asyncio.sleep(self.takes_s)
         if self.error is not None:
             raise self.error
         answer = self.answers.get(path.decode(), 404)
@@ -215,8 +219,10 @@ async def test_an_ollama_that_is_old_and_empty() -> None:
     [
         {},
         {"api__tags": {}},
-        {"api__tags": {"models": [{"name": "a", "size": -1}]}},
-        {"api__tags": {"models": []}, "api__ps": {"models": [{"name": "a"}]}},
+        {"api__tags": {"models": {"a": 1}}},
+        {"api__tags": {"models": []}, "api__ps": {"models": 1}},
+        {"api__tags": {"models": []}, "api__ps": {}},
+        {"api__tags": b'{"models": [' + b"[" * 100_000},
         {"api__tags": {"models": []}, "api__ps": 500},
         {"api__tags": {"models": []}, "api__version": b"1"},
     ],
@@ -224,6 +230,28 @@ async def test_an_ollama_that_is_old_and_empty() -> None:
 async def test_what_is_no_ollama(answers: dict[str, Any]) -> None:
     with pytest.raises(Unusable):
         await ollama.look(client(**answers))
+
+
+async def test_an_entry_that_cannot_be_read_is_passed_over() -> None:
+    tags = [TAG, {"name": "a", "size": -1}, {"size": 1}, 7, TAG | {"name": "b:1"}]
+    processes = [PROCESS | {"size_vram": "all"}, {"name": "x\n" * 200}, PROCESS]
+    listing = await ollama.look(
+        client(
+            api__tags={"models": tags}, api__ps={"models": processes}, api__version={"version": "1"}
+        )
+    )
+    assert [model.id for model in listing.models] == ["llama3.2:latest", "b:1"]
+    assert [running.id for running in listing.running] == ["llama3.2:latest"]
+    assert listing.version == "1"
+    why = [entry.partition(": ") for entry in listing.odd]
+    assert [which for which, _, _ in why] == [
+        "/api/tags 'a'",
+        "/api/tags None",
+        "/api/tags one without a name",
+        "/api/ps 'llama3.2:latest'",
+        "/api/ps '" + "x\\n" * 33,
+    ]
+    assert why[3][2] == "Expected `int`, got `str` - at `$.size_vram`"
 
 
 # Watching.
@@ -306,6 +334,119 @@ async def test_one_that_nobody_configured_is_not_missed(caplog: pytest.LogCaptur
         there.error = REFUSED
         await asyncio.sleep(60.0)
     assert [record.getMessage().split()[1] for record in caplog.records] == ["up", "down"]
+
+
+def an_ollama(*, running: int = 0, odd: int = 0) -> There:
+    processes = [PROCESS | {"name": f"m{number}"} for number in range(running)]
+    processes += [{"name": f"odd{number}"} for number in range(odd)]
+    return There(api__tags={"models": [TAG]}, api__ps={"models": processes})
+
+
+def asked(there: There, path: str) -> list[float]:
+    return [at for at, to in zip(there.times, there.paths, strict=True) if to == path]
+
+
+@virtual_time
+async def test_entries_that_are_passed_over_are_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    there = an_ollama(running=1, odd=1)
+    async with watched("ollama", there) as line:
+        await asyncio.sleep(3 * LOOK_EVERY_S)
+        assert line.state.available
+        assert [one.id for one in line.state.listing.running] == ["m0"]
+        there.answers |= an_ollama(odd=9).answers
+        await asyncio.sleep(3 * LOOK_EVERY_S)
+    first, *others = [record.getMessage() for record in caplog.records]
+    assert first.startswith(
+        "upstream entry passed over upstream=ollama entry=/api/ps 'odd0': Object missing"
+    )
+    assert [message.partition("entry=")[2][:14] for message in others] == [
+        *(f"/api/ps 'odd{number}'" for number in range(1, 6)),
+        "",
+    ]
+    assert others[-1] == "upstream entries passed over upstream=ollama more=3"
+
+
+@virtual_time
+async def test_a_request_has_an_ollama_s_memory_looked_at_soon() -> None:
+    there = an_ollama()
+    async with watched("ollama", there) as line:
+        await asyncio.sleep(5.0)
+        there.answers |= an_ollama(running=1).answers
+        line.used()
+        await asyncio.sleep(0.01)
+        assert [one.id for one in line.state.listing.running] == ["m0"]
+        for _ in range(30):
+            line.used()
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(20.0)
+    assert asked(there, "/api/ps") == [0.0, 5.0, 6.0, 7.0, 8.0, 10.0, 20.0]
+    assert asked(there, "/api/tags") == [0.0, 10.0, 20.0]
+
+
+@virtual_time
+async def test_a_request_during_a_look_is_not_forgotten() -> None:
+    there = an_ollama()
+    async with watched("ollama", there) as line:
+        await asyncio.sleep(1.0)
+        there.takes_s = 2.0
+        line.used()
+        await asyncio.sleep(1.0)
+        line.used()
+        await asyncio.sleep(5.0)
+    assert asked(there, "/api/ps") == [0.0, 1.0, 4.0]  # a second after the last had ended
+
+
+@virtual_time
+async def test_a_look_at_the_memory_that_hangs_is_followed_by_a_whole_one() -> None:
+    there = an_ollama()
+    async with watched("ollama", there) as line:
+        await asyncio.sleep(1.0)
+        there.takes_s = 60.0
+        line.used()
+        await asyncio.sleep(ANSWER_S - 0.5)
+        assert line.state.available  # one call that hangs says nothing yet
+        there.takes_s = 0.0
+        await asyncio.sleep(1.0)
+        assert line.state.available
+    assert asked(there, "/api/ps") == [0.0, 1.0, 6.0]
+    assert asked(there, "/api/tags") == [0.0, 6.0]
+
+
+@virtual_time
+async def test_a_fault_in_a_look_at_the_memory_does_not_end_the_watching() -> None:
+    there = an_ollama()
+    async with watched("ollama", there) as line:
+        await asyncio.sleep(2.0)
+        there.error = ArithmeticError("nobody thought of it")
+        line.used()
+        await asyncio.sleep(0.1)
+        assert line.state.reason == "its answer could not be read: the server's log has more"
+        there.error = None
+        await asyncio.sleep(FIRST_S)
+        assert line.state.available
+
+
+@virtual_time
+async def test_an_ollama_that_has_gone_is_known_with_the_next_request() -> None:
+    there = an_ollama()
+    async with watched("ollama", there) as line:
+        await asyncio.sleep(2.0)
+        there.error = REFUSED
+        line.used()
+        await asyncio.sleep(0.1)
+        assert (line.state.available, line.state.reason) == (False, "connection refused")
+
+
+@virtual_time
+async def test_others_have_no_memory_to_look_at() -> None:
+    there = There(v1__models=EMPTY)
+    async with watched(there=there) as line:
+        await asyncio.sleep(5.0)
+        line.used()
+        await asyncio.sleep(4.0)
+    assert there.times == [0.0]
 
 
 @virtual_time
@@ -405,6 +546,22 @@ async def test_a_failed_connection_is_tried_once_more() -> None:
     async with reaching() as upstreams:
         assert await upstreams.reach("big", asking(REFUSED, "answer")) == "answer"
         assert asyncio.get_running_loop().time() == AGAIN_S
+
+
+@virtual_time
+async def test_whoever_asked_has_the_memory_looked_at() -> None:
+    """As soon as the answer begins, and after a refusal too; those who load look by themselves."""
+    there = an_ollama()
+    upstreams = Upstreams({"ollama": Address("http://h:1")})
+    async with upstreams:
+        upstreams._lines["ollama"].client = cast("Client", there)
+        await asyncio.sleep(2.0)
+        await upstreams.reach("ollama", asking("answer"))
+        await asyncio.sleep(2.0)
+        with pytest.raises(EngineRejected):
+            await upstreams.reach("ollama", asking(EngineRejected("no")))
+        await asyncio.sleep(2.0)
+    assert asked(there, "/api/ps") == [0.0, 2.0, 4.0]
 
 
 @virtual_time

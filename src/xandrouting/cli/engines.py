@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import importlib.util
 import os
@@ -9,9 +10,14 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import typer
+from pydantic import ValidationError
+from pydantic_settings import CliApp, SettingsError
 
+from xandrouting.app import addresses
 from xandrouting.backends import LLAMACPP_COMMAND
 from xandrouting.core.model import Backend
+from xandrouting.engines.upstream import OLLAMA, root_of
+from xandrouting.net.client import Client, UpstreamError
 from xandrouting.provision.install import (
     CPU,
     GPU,
@@ -21,11 +27,14 @@ from xandrouting.provision.install import (
     install_vllm,
 )
 from xandrouting.provision.vllm import Missing, environments, find_vllm
-from xandrouting.settings import default_data_dir
+from xandrouting.settings import Settings, default_data_dir
+from xandrouting.upstreams import ollama
+from xandrouting.upstreams.openai import Unusable
+from xandrouting.upstreams.values import Address
 
 app = typer.Typer(help="List and install engines.", no_args_is_help=True)
 
-OLLAMA: Final = "another server: xandrouting serve --upstreams ollama=http://127.0.0.1:11434"
+OLLAMA_WAIT_S: Final = 2.0
 
 DataDir = Annotated[
     Path,
@@ -50,7 +59,7 @@ def show(data_dir: DataDir) -> None:
         Backend.LLAMACPP: _llamacpp(),
         Backend.VLLM: line,
         Backend.TRANSFORMERS: line,
-        Backend.OLLAMA: OLLAMA,
+        Backend.OLLAMA: _ollama(),
     }
     for backend, text in lines.items():
         typer.echo(f"{backend:<14}{text}")
@@ -96,3 +105,34 @@ def _llamacpp() -> str:
         return f"not available: llama.cpp is not installed; {LLAMACPP_COMMAND}"
     version = importlib.metadata.version("xllamacpp")
     return f"xllamacpp {version}  {Path(spec.origin).parent}"
+
+
+def _ollama() -> str:
+    """Ask the Ollama that a server started from here would find."""
+    try:
+        there = addresses(CliApp.run(Settings, cli_args=[])).get(OLLAMA)
+    except (ValidationError, SettingsError):
+        return "not asked: the server's settings are wrong; xandrouting serve tells which"
+    if there is None:
+        return "not looked for: OLLAMA_BASE_URL is none"
+    url = root_of(there.url)
+    try:
+        version = asyncio.run(_version(url, there))
+    except TimeoutError:
+        return f"not running at {url}: no answer within {OLLAMA_WAIT_S:g} s"
+    except UpstreamError as error:
+        return f"not running at {url}: {error}"
+    except Unusable as error:
+        return f"no Ollama at {url}: {error}"
+    if version is None:
+        return f"no Ollama at {url}: it has no /api/version"
+    return f"Ollama {version}  {url}"
+
+
+async def _version(url: str, there: Address) -> str | None:
+    client = Client(url, api_key=there.api_key or None)
+    try:
+        async with asyncio.timeout(OLLAMA_WAIT_S):
+            return await ollama.version(client)
+    finally:
+        client.close()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xandrouting.core.model import DeviceReading
+from xandrouting.core.sizes import in_words
 
 RESERVE_SHARE: Final = 0.05
 MIN_RESERVE_BYTES: Final = 256 << 20
@@ -65,7 +66,7 @@ def budget_bytes(budget: Budget | None, reading: DeviceReading) -> int:
     assert budget.size_bytes is not None
     if budget.size_bytes > capacity:
         raise BudgetTooLarge(
-            f"the budget of {budget.size_bytes / 2**30:.2f} GiB is more than {reading.device} has: "
-            f"{capacity / 2**30:.2f} GiB"
+            f"the budget of {in_words(budget.size_bytes)} is more than {reading.device} has: "
+            f"{in_words(capacity)}"
         )
     return budget.size_bytes

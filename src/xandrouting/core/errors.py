@@ -300,6 +300,12 @@ class UpstreamNotAnApi(GatewayError):
     status, error_type, code = 502, "server_error", "upstream_not_an_api"
 
 
+class UpstreamEmpty(GatewayError):
+    """An upstream said that all is well, and then nothing else."""
+
+    status, error_type, code = 502, "server_error", "upstream_error"
+
+
 class UpstreamRefusesKey(GatewayError):
     """An upstream refuses the key the operator set for it, or wants one where none is set."""
 

@@ -28,6 +28,7 @@ from xandrouting.core.model import (
     LoadOptions,
     Placement,
 )
+from xandrouting.core.sizes import in_words
 
 MIN_CTX: Final = 512  # a smaller context is no alternative worth naming
 MIN_MODEL_LEN: Final = 2048  # a shorter one is not chosen unasked
@@ -212,7 +213,7 @@ def reasons(spec: EngineSpec, wants: LoadOptions, found: Plan, ledger: Ledger) -
     full = fill(wants, spec.defaults)
     limits = [(device, ledger.limit(device)) for device in (*placement, HOST)]
     room = " and ".join(
-        f"{limit / 2**30:.2f} GiB on {device}" for device, limit in limits if limit is not None
+        f"{in_words(limit)} on {device}" for device, limit in limits if limit is not None
     )
     if chosen.n_parallel != full.n_parallel:
         slots = f"{chosen.n_parallel} instead of {full.n_parallel}"

@@ -14,6 +14,7 @@ from xandrouting.core.errors import (
 )
 from xandrouting.core.model import ENGINES, HOST, ModelKey
 from xandrouting.core.planner import Alternative, Decision
+from xandrouting.core.sizes import in_words
 
 ASK_AGAIN_S = 30.0  # where only other programs or pinned models are in the way
 
@@ -66,8 +67,8 @@ def too_large(decision: Decision) -> GatewayError:
     needed = dict(decision.footprint.demands(decision.placement))
     lacking = dict(decision.lacking)
     too_much = [
-        f"{needed[resource] / 2**30:.2f} GiB of {_named(resource)} (it may have "
-        f"{(needed[resource] - lack) / 2**30:.2f} GiB)"
+        f"{in_words(needed[resource])} of {_named(resource)} (it may have "
+        f"{in_words(needed[resource] - lack)})"
         for resource, lack in lacking.items()
         if resource != ENGINES
     ]

@@ -29,6 +29,7 @@ from xandrouting.core.model import (
     Placement,
 )
 from xandrouting.core.planner import Decision, Plan, Surroundings, Verdict, Victim
+from xandrouting.core.sizes import in_words
 
 PROCESS_S: Final = 0.1  # to start a process anew: all that is lost with one that sleeps
 
@@ -119,7 +120,7 @@ class Weigher:
             taken.update(dict(footprint.demands(placement)))
             sizes.append((spec.key.model, footprint.host_bytes + footprint.device_bytes))
         limits = [(device, self.ledger.limit(device)) for device in taken if device != ENGINES]
-        room = [f"{limit / 2**30:.2f} GiB on {d}" for d, limit in limits if limit is not None]
+        room = [f"{in_words(limit)} on {d}" for d, limit in limits if limit is not None]
         return Together(fits, tuple(sizes), " and ".join(room))
 
     def explained(

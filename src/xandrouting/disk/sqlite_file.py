@@ -19,6 +19,30 @@ class NotOurs(Exception):
     """The file is damaged, or something else wrote it."""
 
 
+class WarnsOnce:
+    """Lets an error of SQLite pass and logs the first one; what comes next is tried all the same.
+
+    It is a context, as often as one likes: a full disk may be emptied.
+    """
+
+    def __init__(self, warning: str) -> None:
+        """`warning` says what goes on without the file."""
+        self._warning = warning
+        self._warned = False
+
+    def __enter__(self) -> None:
+        """Begin what may fail."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        """Swallow an error of SQLite, and no other."""
+        if not isinstance(error, sqlite3.Error):
+            return False
+        if not self._warned:
+            log.warning("%s reason=%s", self._warning, error)
+        self._warned = True
+        return True
+
+
 def open_file(
     path: Path, prepare: Callable[[sqlite3.Connection], None], *, holds: str
 ) -> sqlite3.Connection | None:

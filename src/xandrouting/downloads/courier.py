@@ -25,7 +25,11 @@ MOVER: Final = Path(__file__).with_name("mover.py")
 _LONGEST_LINE_BYTES: Final = 8 << 20  # progress of some 50,000 files
 _STDERR_BYTES: Final = 8 << 10  # its last words
 _STOP_GRACE_S: Final = 1.0  # it takes some 10 ms; from then on it hangs
-_KEPT: Final = ("PATH", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
+_PROXIES: Final = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+_KEPT: Final = (
+    *("PATH", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"),
+    *(name for upper in _PROXIES for name in (upper, upper.lower())),
+)
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +180,7 @@ class Courier:
         return Outcome(Ending.LOST, Failure("mover_lost", message))
 
     def _environment(self) -> dict[str, str]:
-        """Return all that the mover may know: the token, and where programs and authorities are."""
+        """Return all that the mover may know: the token, and its way to programs and the hub."""
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         token = {} if self._token is None else {"HF_TOKEN": self._token}
         return {"LANG": "C.UTF-8"} | kept | token

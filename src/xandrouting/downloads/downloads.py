@@ -8,10 +8,10 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from xandrouting.core.errors import (
     DestinationOccupied,
@@ -24,12 +24,14 @@ from xandrouting.core.errors import (
 from xandrouting.downloads import select, urls
 from xandrouting.downloads.hub import Repository
 from xandrouting.downloads.jobs import ENDED, LIVE, Job, JobState, Order
+from xandrouting.downloads.leftovers import NO_LEFTOVERS, Leftovers
 from xandrouting.downloads.movers import Movers, Wiring
 from xandrouting.downloads.names import check_destination, check_listing
+from xandrouting.downloads.packaged import AnyHub
 from xandrouting.downloads.place import KEPT_S, Found, Place
 from xandrouting.downloads.running import Running, View
 from xandrouting.downloads.select import Chosen, Variant, Wish
-from xandrouting.downloads.store import MAX_ENDED, JobStore
+from xandrouting.downloads.store import MAX_ENDED, JobStore, taken
 from xandrouting.downloads.urls import Asked
 
 log = logging.getLogger(__name__)
@@ -63,15 +65,6 @@ class Verified:
     variants: tuple[Variant, ...]
 
 
-class AnyHub(Protocol):
-    """Where repositories are looked up."""
-
-    endpoint: str
-
-    async def look(self, repo_id: str, revision: str | None) -> Repository:
-        """Return a repository as it is now."""
-
-
 class Downloads:
     """All downloads of one models directory. Use as an async context.
 
@@ -93,8 +86,9 @@ class Downloads:
     async def __aenter__(self) -> Self:
         """Go on with what was moving when the process before this one ended."""
         jobs = await self._in_writer(self._store.load)
-        kept = {job.id for job in jobs if _keeps_bytes(job)}
-        await asyncio.to_thread(self._place.drop_forgotten, kept)
+        if self._store.is_alone:  # else others have folders that we know nothing of
+            kept = {job.id for job in jobs if _keeps_bytes(job)}
+            await asyncio.to_thread(self._place.drop_forgotten, kept)
         for job in jobs:
             running = Running(replace(job, moving_since=None))
             self._known[job.id] = running
@@ -102,7 +96,11 @@ class Downloads:
                 continue
             done = await asyncio.to_thread(self._place.on_disk, job.id, job.order)
             running.job = replace(running.job, done=done)
-            if job.state in LIVE:
+            wish = await asyncio.to_thread(self._place.noted, job.id)
+            if wish is not None and wish is not job.state:
+                running.become(wish)
+                await self._save(running.job)
+            elif job.state in LIVE:
                 running.become(JobState.PENDING)
                 log.info("download goes on job=%s repo=%s", job.id, job.order.repo_id)
                 self._movers.enqueue(running)
@@ -138,6 +136,16 @@ class Downloads:
             DownloadNotFound: there is none.
         """
         return self._running(job_id).view()
+
+    async def until_settled(self, job_id: str) -> View:
+        """Wait until a download has ended or is paused, and return it.
+
+        Raises:
+            DownloadNotFound: there is none.
+        """
+        running = self._running(job_id)
+        await running.settled.wait()
+        return running.view()
 
     def counts(self) -> Mapping[JobState, int]:
         """Return how many there are in each state."""
@@ -189,6 +197,7 @@ class Downloads:
             files=chosen.files,
             quantization=chosen.quantization,
             load=wanted.load,
+            package=repository.package,
         )
         async with self._admission:
             twin = self._twin(order)
@@ -232,7 +241,9 @@ class Downloads:
                 await self._movers.end(running, JobState.CANCELLED)
             if purge:
                 await asyncio.to_thread(self._place.drop_job, job_id)
-                running.job = replace(running.job, done={})
+                deleted = f"{running.job.state.capitalize()}. Its bytes are deleted."
+                note = running.job.note or deleted  # another download may have got them
+                running.job = replace(running.job, done={}, note=note)
                 await self._save(running.job)
                 self._movers.tell(running)
         return running.view()
@@ -257,7 +268,7 @@ class Downloads:
                     f"The download of {job.order.repo_id} is {job.state}. Ask for it again: POST "
                     "/v1/models/download goes on from the bytes on disk."
                 )
-            self._check_alone(job.order, running)
+            await self._check_alone(job.order, running)
             await asyncio.to_thread(self._check_disk, job.id, job.order, Found())
             running.become(JobState.PENDING)
             await self._save(running.job)
@@ -287,7 +298,8 @@ class Downloads:
         moving = [one for one in same if one.job.state not in ENDED] or same
         return moving[-1] if moving else None
 
-    def _check_alone(self, order: Order, me: Running | None = None) -> None:
+    async def _check_alone(self, order: Order, me: Running | None = None) -> Collection[str]:
+        """Check that nobody has the order's folder; return what other gateways download."""
         for other in self._known.values():
             if other is me or other.job.state in ENDED:
                 continue
@@ -299,10 +311,15 @@ class Downloads:
                     param="destination",
                     details={"job_id": other.job.id},
                 )
+        unfinished = await self._in_writer(self._store.unfinished)
+        others = {job_id: to for job_id, to in unfinished.items() if job_id not in self._known}
+        if order.destination in others.values():
+            raise taken(order)
+        return others.keys()
 
     async def _admit(self, order: Order, before: Running | None) -> View:
-        """Take a new order; `before` is an ended job of the same, whose bytes it gets."""
-        self._check_alone(order)
+        """Take a new order; `before` is an ended job of the same."""
+        others = await self._check_alone(order)
         found = await asyncio.to_thread(self._place.look, order)
         complete = not found.lacks(order)
         if complete and before is not None and before.job.state is JobState.COMPLETED:
@@ -313,12 +330,12 @@ class Downloads:
         if complete:
             running.job = replace(job, done={file.path: file.size for file in order.files})
         else:
-            old_id = None if before is None else before.job.id
-            done = await asyncio.to_thread(self._open, job.id, old_id, order, found)
+            mine = {one.job.id for one in self._known.values() if one.job.state not in ENDED}
+            spared = mine.union(others)
+            done, givers = await asyncio.to_thread(self._open, job.id, order, found, spared)
             running.job = replace(job, done=done)
-            if before is not None and before.job.state is not JobState.COMPLETED:
-                before.job = replace(before.job, done={})
-                await self._save(before.job)
+            for giver in givers & self._known.keys():
+                await self._hand_over(self._known[giver], job.id)
         await self._save(running.job)
         self._known[job.id] = running
         await self._forget_old()
@@ -332,30 +349,48 @@ class Downloads:
             self._movers.enqueue(running)
         return running.view()
 
+    async def _hand_over(self, before: Running, job_id: str) -> None:
+        """Remember that bytes of an ended job are another's now."""
+        there = await asyncio.to_thread(self._place.on_disk, before.job.id, before.job.order)
+        done = {path: size for path, size in there.items() if size}
+        what = "Some of its" if done else "Its"
+        note = f"{before.job.state.capitalize()}. {what} bytes went to the download {job_id}."
+        before.job = replace(before.job, done=done, note=note)
+        await self._save(before.job)
+        self._movers.tell(before)
+
     async def _forget_old(self) -> None:
         ended = [one for one in self._known.values() if one.job.state in ENDED]
         for old in ended[: max(0, len(ended) - MAX_ENDED)]:
             del self._known[old.job.id]
             await self._in_writer(functools.partial(self._store.forget, old.job.id))
 
-    def _open(self, job_id: str, old_id: str | None, order: Order, found: Found) -> dict[str, int]:
-        """Make the job's folder and return what is in it. In a thread.
+    def _open(
+        self, job_id: str, order: Order, found: Found, spared: Collection[str]
+    ) -> tuple[dict[str, int], set[str]]:
+        """Make the job's folder; return what is in it and whose that was. In a thread.
+
+        It gets the bytes that jobs left of the same files, but for the jobs that are `spared`.
 
         Raises:
             InsufficientDisk: the rest does not fit the disk.
             ModelsDirUnusable: it cannot be written.
         """
-        self._check_disk(old_id or job_id, order, found)
-        self._place.open_job(job_id, instead_of=old_id)
-        return self._place.on_disk(job_id, order)
+        with self._place.leftovers(order, found, spared) as left:
+            self._check_disk(job_id, order, found, left)
+            givers = self._place.open_job(job_id, left)
+        return self._place.on_disk(job_id, order), givers
 
-    def _check_disk(self, job_id: str, order: Order, found: Found) -> None:
-        there = self._place.on_disk(job_id, order)
+    def _check_disk(
+        self, job_id: str, order: Order, found: Found, left: Leftovers = NO_LEFTOVERS
+    ) -> None:
+        there = self._place.on_disk(job_id, order, left)
         need = sum(file.size - there[file.path] for file in found.lacks(order))
+        # Not what the mover tells: files that were there before it counts once it has hashed them.
         promised = sum(
-            running.job.order.total_bytes - running.job.done_bytes
-            for running in list(self._known.values())
-            if running.job.state in LIVE
+            job.order.total_bytes - sum(self._place.on_disk(job.id, job.order).values())
+            for job in (running.job for running in list(self._known.values()))
+            if job.state in LIVE
         )
         self._place.room_for(need, promised_bytes=promised, repo_id=order.repo_id)
 
@@ -372,7 +407,13 @@ class Downloads:
         return running
 
     async def _save(self, job: Job) -> None:
-        await self._in_writer(functools.partial(self._store.save, job))
+        await self._in_writer(functools.partial(self._keep, job))
+
+    def _keep(self, job: Job) -> None:
+        """Save a job; a wish that its disk does not take is kept beside the job's bytes."""
+        wish = job.state in (JobState.PAUSED, JobState.CANCELLED)
+        saved = self._store.save(job)
+        self._place.note(job.id, job.state if wish and not saved else None)
 
     async def _in_writer(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, call)

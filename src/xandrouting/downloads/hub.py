@@ -26,7 +26,7 @@ from xandrouting.core.errors import (
     RepoNotFound,
     RevisionNotFound,
 )
-from xandrouting.downloads.jobs import RemoteFile
+from xandrouting.downloads.jobs import Package, RemoteFile
 from xandrouting.downloads.urls import is_repo_id
 
 if TYPE_CHECKING:  # the library takes 0.3 s and 30 MB: it is loaded when it is used
@@ -53,7 +53,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A repository of models as it is at one commit. `license` is None where it says none."""
+    """A repository of models as it is at one commit. `license` is None where it says none.
+
+    `package` has its only file, where the hub could not be asked.
+    """
 
     repo_id: str
     commit: str
@@ -61,6 +64,7 @@ class Repository:
     gated: bool = False
     private: bool = False
     license: str | None = None
+    package: Package | None = None
 
 
 class Hub:

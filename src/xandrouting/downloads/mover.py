@@ -38,7 +38,9 @@ from typing import Any, Final
 if __name__ == "__main__":  # with `-I -S` our own modules are not found by themselves
     sys.path.append(str(Path(__file__).parents[2]))
 
-from xandrouting.downloads.mover_fetch import Board, Client, Fetcher, guarded
+from xandrouting.downloads.mover_board import Board, guarded
+from xandrouting.downloads.mover_client import Client
+from xandrouting.downloads.mover_fetch import Fetcher
 from xandrouting.downloads.mover_files import (
     Failed,
     Order,

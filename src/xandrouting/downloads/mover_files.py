@@ -26,6 +26,7 @@ MANIFEST: Final = ".xandrouting.json"
 # Of a connection: with less, those who receive and those who hash wait for each other.
 BUFFER_BYTES: Final = 4 << 20
 _HASHED_BYTES: Final = 256 << 10  # at once; it stays in a core's own cache
+_UNPACKED_BYTES: Final = 1 << 20  # at once
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRITEBACK_BYTES: Final = 32 << 20  # so that no fsync has gigabytes to write
 _SYNC_FILE_RANGE_WRITE: Final = 2
@@ -70,12 +71,24 @@ class File:
         self.part = parts / checked(self.key)
         self.have = 0  # bytes in the part
         self.fetched = 0  # over the wire in this run
+        self.archive, self.member = _archive(told.get("package"), parts)
         self.there: set[str] = set()  # of the paths: those where the target has it, hash and all
 
     @property
     def path(self) -> str:
         """The first path: what the file is called in a message."""
         return self.paths[0]
+
+    @property
+    def on_disk(self) -> int:
+        """How much of it there is, be it in its archive still."""
+        packed = 0 if self.archive is None else self.archive.have
+        return max(self.have, min(packed, self.size))
+
+    @property
+    def over_wire(self) -> int:
+        """What was fetched for it in this run."""
+        return self.fetched + (0 if self.archive is None else self.archive.fetched)
 
     @property
     def in_place(self) -> bool:
@@ -89,6 +102,13 @@ class File:
         if self.blob_id is not None:
             return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
         return None
+
+
+def _archive(told: dict[str, Any] | None, parts: Path) -> tuple[File | None, str]:
+    if told is None:
+        return None, ""
+    name = told["url"].rpartition("/")[2]
+    return File({**told, "path": name}, parts), told["member"]
 
 
 class Order:
@@ -245,6 +265,35 @@ class Part:
         os.close(self.fd)
 
 
+def unpack(file: File, stopping: threading.Event) -> bool:
+    """Take a file out of its archive, which is whole, and go on from what an earlier run took.
+
+    False: that was not the file, and was thrown away.
+    """
+    import zipfile
+    import zlib
+
+    assert file.archive is not None
+    part = Part(file, stopping)
+    try:
+        with disk(file.path), zipfile.ZipFile(file.archive.part).open(file.member) as packed:
+            packed.seek(file.have)
+            while file.have <= file.size and (piece := packed.read(_UNPACKED_BYTES)):
+                part.append(memoryview(piece)[: file.size + 1 - file.have])
+                if stopping.is_set():
+                    raise Stopped
+        if file.have == file.size and part.is_right():
+            return True
+    except (KeyError, zipfile.BadZipFile, zlib.error):
+        pass  # the archive's hash is right, and yet it is not what the order says
+    finally:
+        part.close()
+    with disk(file.path):
+        file.part.unlink()
+    file.have = 0
+    return False
+
+
 _LIBC: Final = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
@@ -272,11 +321,18 @@ def take_over(order: Order) -> int:
             staged = order.stage / file.path
             if staged.is_file() and not staged.is_symlink() and not file.part.exists():
                 staged.rename(file.part)
-            if file.part.is_file():
-                file.have = min(file.part.stat().st_size, file.size)
+            for content in (file, file.archive):
+                if content is not None and content.part.is_file():
+                    content.have = min(content.part.stat().st_size, content.size)
+            if order.merge and all(_has_size(order.target / path, file) for path in file.paths):
+                file.have = file.size  # until its hash is known
         if order.stage.exists():
             shutil.rmtree(order.stage)
     return lock
+
+
+def _has_size(path: Path, file: File) -> bool:
+    return not path.is_symlink() and path.is_file() and path.stat().st_size == file.size
 
 
 def is_published(order: Order) -> bool:
@@ -346,8 +402,8 @@ def check_free(order: Order, file: File) -> None:
         if not ours and os.path.lexists(order.target / path):
             raise Failed(
                 "destination_occupied",
-                f"The folder {order.target.name!r} has another {path[:100]!r} since. Move it away "
-                "and resume: every byte is kept.",
+                f"The folder {order.target.name!r} has another {path[:100]!r} than the hub. Move it "
+                "away and resume: every byte is kept.",
             )
 
 

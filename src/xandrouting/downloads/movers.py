@@ -103,14 +103,15 @@ class Movers:
         order = running.job.order
         done = {file.path: file.size for file in order.files}
         running.job = replace(running.job, done=done, model=arrived.model)
-        running.note = arrived.note
-        await self._become(running, JobState.COMPLETED)
+        await self._become(running, JobState.COMPLETED, note=arrived.note)
         await self.load(running, order.load)
 
     async def load(self, running: Running, options: Mapping[str, Any] | None) -> None:
         """Begin to load the model of a completed job, unless `options` is None."""
         if options is not None and running.job.model is not None:
-            running.note = await self._wiring.load(running.job.model, options)
+            note = await self._wiring.load(running.job.model, options)
+            running.job = replace(running.job, note=note)
+            await self._save(running.job)
             self.tell(running)
 
     def tell(self, running: Running) -> None:
@@ -210,9 +211,13 @@ class Movers:
         await self._become(running, state, failure)
 
     async def _become(
-        self, running: Running, state: JobState, failure: Failure | None = None
+        self,
+        running: Running,
+        state: JobState,
+        failure: Failure | None = None,
+        note: str | None = None,
     ) -> None:
-        running.become(state, failure)
+        running.become(state, failure, note)
         job = running.job
         say = log.warning if failure is not None else log.info
         say(

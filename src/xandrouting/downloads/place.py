@@ -12,7 +12,8 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -25,19 +26,21 @@ from xandrouting.core.errors import (
     InvalidDestination,
     ModelsDirUnusable,
 )
-from xandrouting.downloads.jobs import Order, RemoteFile
+from xandrouting.core.sizes import in_words
+from xandrouting.downloads import leftovers
+from xandrouting.downloads.jobs import JobState, Order, RemoteFile
+from xandrouting.downloads.leftovers import NO_LEFTOVERS, PARTS, TREE, Leftovers, content_of
 from xandrouting.downloads.names import MANIFEST
 
 log = logging.getLogger(__name__)
 
 INCOMING: Final = ".incoming"
-PARTS: Final = ".parts"
-TREE: Final = "tree"
 GIB: Final = 1 << 30
 MAX_RESERVE_BYTES: Final = GIB  # what a download leaves free, or a 50th of a small disk
 KEPT_S: Final = 7 * 86_400.0  # the bytes of a job that ended without its model
 _MAX_MANIFEST_BYTES: Final = 16 << 20
 _FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+_WISHES: Final = {state: f".{state}" for state in (JobState.PAUSED, JobState.CANCELLED)}
 
 
 class ManifestFile(msgspec.Struct, frozen=True):
@@ -88,28 +91,38 @@ class Found:
 class Place:
     """The models directory, as far as downloads change it.
 
-    `taken` are names in it that stand for folders elsewhere.
+    `taken` are names in it that stand for folders elsewhere. `make_room` gives up what is kept
+    for a while only, so that this many bytes are free, where it can.
     """
 
-    def __init__(self, root: Path, taken: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        root: Path,
+        taken: Collection[str] = (),
+        *,
+        make_room: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._root = root
         self._taken = frozenset(taken)
+        self._noted: set[str] = set()  # the jobs with a wish beside their bytes
+        self._make_room = make_room
 
     def look(self, order: Order, *, resuming: bool = False) -> Found:
         """Look who is at the order's destination.
 
-        `resuming`: the order was let in before. What lies there of its files may be its own,
-        and the mover finds out by their hashes.
+        A file of the right name and size that no manifest tells of is neither kept nor in the
+        way: the mover finds out by its hash. `resuming`: the order was let in before, and the
+        mover looks at those of another size too.
 
         Raises:
-            InvalidDestination: it is a symlink.
+            InvalidDestination: it is a symlink, or a disk of its own.
             DestinationOccupied: it holds another model, or other files of these names.
         """
         if order.destination in self._taken:
             raise _occupied(order, "is a further folder with models, which is only read")
         target = self._base() / order.destination
         try:
-            status = target.lstat()
+            status, home = target.lstat(), target.parent.stat()
         except FileNotFoundError:
             return Found()
         except OSError as error:
@@ -122,6 +135,13 @@ class Place:
             )
         if not stat.S_ISDIR(status.st_mode):
             raise _occupied(order, "is a file")
+        if status.st_dev != home.st_dev:
+            raise InvalidDestination(
+                f"destination {order.destination!r} is a disk of its own. What is complete gets "
+                "there by a rename, so it has to be on the disk of the models directory: name "
+                "another folder, or set models_dir to that disk.",
+                param="destination",
+            )
         manifest = read_manifest(target)
         if manifest is not None and manifest.repo_id != order.repo_id:
             raise _occupied(order, f"holds {manifest.repo_id}")
@@ -152,7 +172,7 @@ class Place:
         regular = stat.S_ISREG(status.st_mode)
         if regular and known is not None and known.is_of(file):
             return status.st_size == file.size  # else it was damaged since: it is fetched again
-        if regular and known is None and resuming:
+        if regular and known is None and (resuming or status.st_size == file.size):
             return False
         if regular and known is not None:
             raise _occupied(order, f"holds {file.path[:100]!r} of another revision")
@@ -165,19 +185,23 @@ class Place:
             InsufficientDisk: it has not; the numbers are in its details.
             ModelsDirUnusable: it cannot be asked.
         """
+        if need_bytes <= 0:
+            return
         try:
-            disk = os.statvfs(self._existing())
+            free, reserve = self._free_bytes()
+            if need_bytes > free - promised_bytes - reserve:
+                self._make_room(need_bytes + promised_bytes + reserve)
+                free, reserve = self._free_bytes()
         except OSError as error:
             raise _unusable(error) from error
-        free = disk.f_bavail * disk.f_frsize
-        reserve = min(MAX_RESERVE_BYTES, disk.f_blocks * disk.f_frsize // 50)
-        if need_bytes <= 0 or need_bytes <= free - promised_bytes - reserve:
+        if need_bytes <= free - promised_bytes - reserve:
             return
         missing = need_bytes - (free - promised_bytes - reserve)
-        others = f", other downloads need {_gib(promised_bytes)} of it" if promised_bytes else ""
+        promised = in_words(promised_bytes)
+        others = f", other downloads need {promised} of it" if promised_bytes else ""
         raise InsufficientDisk(
-            f"{repo_id} needs {_gib(need_bytes)}, and the disk has {_gib(free)} free{others}; "
-            f"{_gib(reserve)} stay free. Make room for {_gib(missing)}.",
+            f"{repo_id} needs {in_words(need_bytes)}, and the disk has {in_words(free)} free"
+            f"{others}; {in_words(reserve)} stay free. Make room for {in_words(missing)}.",
             details={
                 "needed_bytes": need_bytes,
                 "free_bytes": free,
@@ -187,25 +211,65 @@ class Place:
             },
         )
 
-    def open_job(self, job_id: str, *, instead_of: str | None = None) -> None:
-        """Make a job's folder, or give it the one of an earlier job of the same files.
+    def _free_bytes(self) -> tuple[int, int]:
+        """Return what is free, and how much of it stays so."""
+        disk = os.statvfs(self._existing())
+        reserve = min(MAX_RESERVE_BYTES, disk.f_blocks * disk.f_frsize // 50)
+        return disk.f_bavail * disk.f_frsize, reserve
+
+    def leftovers(
+        self, order: Order, found: Found, spared: Collection[str]
+    ) -> AbstractContextManager[Leftovers]:
+        """Have what other jobs, but for `spared` ones, left of the files that are lacking."""
+        return leftovers.leftovers(self._job_folders(), order, found.lacks(order), spared)
+
+    def open_job(self, job_id: str, left: Leftovers = NO_LEFTOVERS) -> set[str]:
+        """Make a job's folder, move leftovers there, and return whose they were.
 
         Raises:
             ModelsDirUnusable: it cannot be written.
         """
-        folder = self._job(job_id)
+        parts = self._job(job_id) / PARTS
+        incoming = parts.parent.parent
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if folder.parent.is_symlink():
+            incoming.mkdir(parents=True, exist_ok=True)
+            # From another disk, what is complete could not be renamed.
+            if incoming.is_symlink() or incoming.stat().st_dev != self._base().stat().st_dev:
                 raise ModelsDirUnusable(
-                    f"{INCOMING} in the models directory is a symlink; it has to be a folder."
+                    f"{INCOMING} in the models directory is a symlink or a disk of its own; it "
+                    "has to be a folder."
                 )
-            if instead_of is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    self._job(instead_of).rename(folder)
-            (folder / PARTS).mkdir(parents=True, exist_ok=True)
+            parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unusable(error) from error
+        return leftovers.take(left, parts)
+
+    def note(self, job_id: str, wish: JobState | None) -> None:
+        """Keep beside a job's bytes that it is paused or cancelled; None: take that back.
+
+        For when the store cannot: the disk that it is on is full.
+        """
+        if wish is None and job_id not in self._noted:
+            return
+        folder = self._job(job_id)
+        try:
+            for state, name in _WISHES.items():
+                if state is not wish:
+                    (folder / name).unlink(missing_ok=True)
+            if wish is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / _WISHES[wish]).touch()
+                self._noted.add(job_id)
+        except OSError as error:
+            log.warning("download not noted job=%s state=%s reason=%s", job_id, wish, error)
+
+    def noted(self, job_id: str) -> JobState | None:
+        """Return what `note` kept of a job."""
+        for state, name in _WISHES.items():
+            if _size(self._job(job_id) / name) is not None:
+                self._noted.add(job_id)
+                return state
+        return None
 
     def drop_job(self, job_id: str) -> None:
         """Delete whatever a job has on disk, but for what is published."""
@@ -219,15 +283,17 @@ class Place:
                 log.info("download parts deleted job=%s", folder.name)
                 _remove(folder)
 
-    def on_disk(self, job_id: str, order: Order) -> dict[str, int]:
-        """Return how many bytes of each file are there, in parts or published."""
+    def on_disk(self, job_id: str, order: Order, left: Leftovers = NO_LEFTOVERS) -> dict[str, int]:
+        """Return how many bytes of each file are there: in parts, left by others, published."""
         job, target = self._job(job_id), self._base() / order.destination
         found = {}
         for file in order.files:
-            content = file.sha256 or file.blob_id or ""
+            content = content_of(file)
             sizes = (
                 _size(job / TREE / file.path),
                 _size(job / PARTS / content),
+                None if order.package is None else _size(job / PARTS / order.package.sha256),
+                left[content].size if content in left else None,
                 _size(target / file.path),
             )
             size = next((size for size in sizes if size is not None), 0)
@@ -329,7 +395,3 @@ def _unusable(error: OSError) -> ModelsDirUnusable | InsufficientDisk:
         "there and can be written, or set models_dir.",
         detail=str(error.filename),
     )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.2f} GiB"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Protocol
 from urllib.parse import quote, urlsplit
 
 from xandrouting.downloads.courier import Outcome
-from xandrouting.downloads.jobs import ENDED, Failure, Job, JobState, Order, RemoteFile
+from xandrouting.downloads.jobs import ENDED, LIVE, Failure, Job, JobState, Order, RemoteFile
 from xandrouting.downloads.pace import Pace
 
 PARALLEL: Final = 4  # files at once
@@ -35,7 +35,7 @@ class Running:
     """A job and what only this process knows of it.
 
     `wish` is what it shall become as soon as its mover has ended. `waiting` says why nothing
-    moves at the moment, `note` what there is to say of it after its end.
+    moves at the moment.
     """
 
     job: Job
@@ -45,21 +45,33 @@ class Running:
     pace: Pace | None = None
     fetched: int = 0  # by this run's mover
     waiting: str | None = None
-    note: str | None = None
     told_at: float = 0.0  # of the last news, monotonic
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # whoever holds it wishes
+    settled: asyncio.Event = field(default_factory=asyncio.Event)  # it does not move by itself
 
-    def become(self, state: JobState, failure: Failure | None = None) -> None:
+    def __post_init__(self) -> None:
+        self._settle()
+
+    def become(
+        self, state: JobState, failure: Failure | None = None, note: str | None = None
+    ) -> None:
         """Have the job in another state from now on."""
         now, before = time.time(), self.job
-        job = replace(before.become(state), failure=failure)
+        job = replace(before.become(state), failure=failure, note=note)
         moving = state in (JobState.DOWNLOADING, JobState.VERIFYING)
         if moving and before.state is JobState.PENDING:
             job = replace(job, started_at=before.started_at or now, moving_since=now)
         self.job = replace(job, ended_at=now if state in ENDED else None)
+        self._settle()
         if not moving:
             self.pace, self.waiting = None, None
             self.pauses_clock()
+
+    def _settle(self) -> None:
+        if self.job.state in LIVE:
+            self.settled.clear()
+        else:
+            self.settled.set()
 
     def pauses_clock(self) -> None:
         """Count the time up to now; the job goes on in another process."""
@@ -105,7 +117,6 @@ class Running:
             eta_s=None if pace is None else pace.eta_s(left),
             spent_s=spent_s,
             waiting=self.waiting,
-            note=self.note,
         )
 
 
@@ -118,13 +129,13 @@ class View:
     eta_s: float | None
     spent_s: float
     waiting: str | None
-    note: str | None
 
 
 def order_of(
     order: Order, files: tuple[RemoteFile, ...], place: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the mover's order: these files of a job, and where they go."""
+    package = None if order.package is None else asdict(order.package)
     return {
         "files": [
             {
@@ -133,6 +144,7 @@ def order_of(
                 "size": file.size,
                 "sha256": file.sha256,
                 "blob_id": file.blob_id,
+                "package": package,
             }
             for file in files
         ],

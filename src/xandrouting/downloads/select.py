@@ -11,6 +11,7 @@ from typing import Final
 
 from xandrouting.core.errors import AmbiguousDownload, NoSuchQuantization, NothingToDownload
 from xandrouting.core.quantization import normalized, quantization_in_name, without_quantization
+from xandrouting.core.sizes import in_words
 from xandrouting.downloads import folder_model
 from xandrouting.downloads.jobs import RemoteFile
 
@@ -285,7 +286,7 @@ def described(found: Sequence[Variant]) -> list[dict[str, object]]:
 
 
 def _listed(found: Sequence[Variant]) -> str:
-    names = [f"{one.name[:100]} ({one.size_bytes / GIB:.2f} GiB)" for one in found[:_SHOWN]]
+    names = [f"{one.name[:100]} ({in_words(one.size_bytes)})" for one in found[:_SHOWN]]
     if len(found) > _SHOWN:
         names.append(f"{len(found) - _SHOWN} more")
     return ", ".join(names)

@@ -56,26 +56,35 @@ def add_deletion(app: FastAPI, services: Services) -> None:
             raise MethodNotAllowed(
                 "DELETE is not a method of this address.", allow=", ".join(sorted(methods))
             )
-        if upstream_lists.model_item(services.upstreams, model_id) is not None:
-            raise InvalidRequest(
-                f"'{shown(model_id)}' is another server's: it is deleted there.", param="model"
-            )
-        snapshot = await services.inventory.refresh()
-        path = _path(model_id)
-        if path in snapshot.escaping:
-            deleted = await _delete_link(services, path, purge=purge)
-            return _item(f"{VIRTUAL_ROOT}/{path}", deleted)
-        file = _meant(services, model_id, path)
-        with services.inventory.leaving(file):
-            _check_unused(services, file)
-            root = services.inventory.roots[0]
-            try:
-                deleted = await asyncio.to_thread(trash.delete, root, file, snapshot, purge=purge)
-            except OSError as error:
-                raise _refused(file.id, error) from error
-            finally:
-                await services.inventory.refresh()
-        return _item(file.id, deleted)
+        return await delete_model(services, model_id, purge=purge)
+
+
+async def delete_model(services: Services, model_id: str, *, purge: bool = False) -> DeletedModel:
+    """Delete the files of the model of exactly this path; unless `purge`, to the trash.
+
+    Raises:
+        GatewayError: there is no such model, it is in use, or it may not be deleted.
+    """
+    if upstream_lists.model_item(services.upstreams, model_id) is not None:
+        raise InvalidRequest(
+            f"'{shown(model_id)}' is another server's: it is deleted there.", param="model"
+        )
+    snapshot = await services.inventory.refresh()
+    path = _path(model_id)
+    if path in snapshot.escaping:
+        deleted = await _delete_link(services, path, purge=purge)
+        return _told(services, f"{VIRTUAL_ROOT}/{path}", deleted)
+    file = _meant(services, model_id, path)
+    with services.inventory.leaving(file):
+        _check_unused(services, file)
+        root = services.inventory.roots[0]
+        try:
+            deleted = await asyncio.to_thread(trash.delete, root, file, snapshot, purge=purge)
+        except OSError as error:
+            raise _refused(file.id, error) from error
+        finally:
+            await services.inventory.refresh()
+    return _told(services, file.id, deleted)
 
 
 def _path(model_id: str) -> str:
@@ -153,7 +162,8 @@ def _refused(model: str, error: OSError) -> GatewayError:
     )
 
 
-def _item(model: str, deleted: Deleted) -> DeletedModel:
+def _told(services: Services, model: str, deleted: Deleted) -> DeletedModel:
+    services.bus.publish("model", "model_remove", {"id": model})
     until = None if deleted.until is None else lists.iso(deleted.until.timestamp())
     return DeletedModel(
         model=model,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from xandrouting.core.sizes import in_words
 from xandrouting.downloads.jobs import Job, JobState
 from xandrouting.downloads.running import View
 from xandrouting.http import lists
 from xandrouting.http.decisions import gib
 from xandrouting.http.download_schemas import DownloadFile, DownloadItem
 from xandrouting.inventory.model_file import VIRTUAL_ROOT
+
+_MOVING: Final = frozenset((JobState.DOWNLOADING, JobState.VERIFYING))
 
 
 def item_of(view: View) -> DownloadItem:
@@ -53,19 +58,22 @@ def item_of(view: View) -> DownloadItem:
 
 def _file(job: Job, path: str, size: int) -> DownloadFile:
     done = min(job.done.get(path, 0), size)
-    status = "downloading" if done else "pending"
     if job.state is JobState.COMPLETED or (done == size and size):
         status = "completed"
+    elif job.state in _MOVING:
+        status = "downloading" if done else "pending"
+    else:
+        status = str(job.state)
     return DownloadFile(path=path, size=size, downloaded_bytes=done, status=status)
 
 
 def _message(view: View) -> str:
     job, order = view.job, view.job.order
-    if view.note is not None:
-        return view.note
+    if job.note is not None:
+        return job.note
     if job.failure is not None:
         return job.failure.message
-    so_far = f"{gib(job.done_bytes):.2f} of {gib(order.total_bytes):.2f} GiB"
+    so_far = f"{in_words(job.done_bytes)} of {in_words(order.total_bytes)}"
     match job.state:
         case JobState.PENDING:
             return f"{order.repo_id} waits for its turn."

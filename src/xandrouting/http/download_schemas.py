@@ -68,7 +68,10 @@ class DownloadRequest(RepoRequest, kw_only=True):
 
 
 class DownloadFile(BaseModel):
-    """One file of a download. `status`: `pending`, `downloading` or `completed`."""
+    """One file of a download.
+
+    `status`: `completed`, `downloading` or `pending`; where nothing moves, the download's.
+    """
 
     path: str
     size: int

@@ -11,6 +11,7 @@ from msgspec import Raw
 
 from xandrouting.core.errors import InvalidRequest
 from xandrouting.core.model import HOST
+from xandrouting.core.sizes import in_words
 from xandrouting.downloads.downloads import Verified, Wanted
 from xandrouting.http.decisions import gib
 from xandrouting.http.download_items import item_of
@@ -69,7 +70,7 @@ def add_download_calls(app: FastAPI, services: Services) -> None:
     ) -> DownloadCancelled:
         """Cancel a download, and answer when it has stopped."""
         view = await downloads.cancel(job_id, purge=purge)
-        kept = f"{gib(view.job.done_bytes):.2f} GiB are kept: ask for it again to go on."
+        kept = f"{in_words(view.job.done_bytes)} are kept: ask for it again to go on."
         return DownloadCancelled(
             status=view.job.state,
             job_id=job_id,
@@ -163,7 +164,7 @@ def _repo_item(services: Services, verified: Verified) -> RepoItem:
             for variant in verified.variants
         ],
         message=(
-            f"{repository.repo_id} can be downloaded: {len(files)} files, {gib(size):.2f} GiB."
+            f"{repository.repo_id} can be downloaded: {len(files)} files, {in_words(size)}."
             if refusal is None
             else refusal.message
         ),

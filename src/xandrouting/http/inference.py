@@ -269,7 +269,14 @@ class EngineCall(ABC):
             response = await self._ask(asked, engine, name, explain)
             self._body = b""
             # A client may ask for another model as soon as it has its answer.
-            await relay(response, self._answer, name=name, explain=explain, on_whole=claim.release)
+            await relay(
+                response,
+                self._answer,
+                name=name,
+                explain=explain,
+                on_whole=claim.release,
+                may_be_empty=claim.key.is_local,
+            )
         finally:
             claim.release()
 

@@ -77,8 +77,9 @@ def add_lifecycle_calls(app: FastAPI, services: Services) -> None:
     async def pin(request: Request) -> Pinned:
         """Let a model be neither a victim nor unloaded by time, or take that back."""
         wanted = pin_parser.parse(await body_bytes(request))
+        upstream_lists.check_pin(services.upstreams, wanted.model)
         await services.inventory.refresh()
-        model = services.catalog.names().resolve(wanted.model).id
+        model = services.catalog.model_meant(wanted.model).id
         services.pool.pin(model, pinned=wanted.pinned)
         loaded = any(view.engine.key.model == model for view, _ in services.pool.views())
         return Pinned(model=wanted.model, path=model, pinned=wanted.pinned, loaded=loaded)

@@ -96,7 +96,7 @@ def _id_of(services: Services, name: str) -> str:
     Raises:
         GatewayError: no such model.
     """
-    return services.catalog.names().resolve(named(name)).id
+    return services.catalog.model_meant(named(name)).id
 
 
 def _monitored(services: Services, name: str) -> str:

@@ -18,13 +18,15 @@ from xandrouting.core.engine import EngineView
 from xandrouting.core.engine_state import EngineState
 from xandrouting.core.errors import InvalidRequest, ModelNotFound, UnsupportedByEngine
 from xandrouting.core.model import Backend, LoadOptions
+from xandrouting.downloads.jobs import LIVE
 from xandrouting.http import lists
 from xandrouting.http.lifecycle import body_bytes, engines_of, local_engines
 from xandrouting.http.openapi import request_body
 from xandrouting.http.router_downloads import (
     RouterDownloads,
     add_router_downloads,
-    cancel_download,
+    cancel_downloads,
+    downloading_models,
 )
 from xandrouting.http.router_request import RouterRequest
 from xandrouting.http.schemas import (
@@ -74,14 +76,15 @@ def add_router_calls(app: FastAPI, services: Services) -> None:
             Query(description="If it is not empty, engines whose files changed are unloaded too."),
         ] = "",
     ) -> RouterModels:
-        """List every model as llama-server's router does."""
+        """List every model, and what is downloaded, as llama-server's router does."""
         inventory = services.inventory
         snapshot = await (inventory.refresh() if reload else inventory.look())
         if reload:
             await _unload(services, _outdated(services, snapshot.models))
             services.bus.publish("model", "models_reload", {})
         whole = (file for file in snapshot.models if file.problem is None)
-        return RouterModels(data=[_router_model(services, file) for file in whole])
+        here = [_router_model(services, file) for file in whole]
+        return RouterModels(data=here + downloading_models(services.downloads.views()))
 
     @app.post("/models/load", tags=["llama-server"], openapi_extra=request_body(RouterRequest))
     async def load(request: Request) -> Success:
@@ -89,7 +92,7 @@ def add_router_calls(app: FastAPI, services: Services) -> None:
         wanted = parser.parse(await body_bytes(request))
         await services.inventory.refresh()
         try:
-            model = services.catalog.names().resolve(wanted.model).id
+            model = services.catalog.model_meant(wanted.model).id
         except ModelNotFound as error:
             raise ModelNotFound(f"model is not found: {error.message}", param="model") from None
         runs = any(view.state not in _NO_LONGER for view, _ in _engines(services, model))
@@ -105,9 +108,9 @@ def add_router_calls(app: FastAPI, services: Services) -> None:
         try:
             going = engines_of(services, UnloadRequest(model=wanted.model))
             names = {view.engine.key.model for view, _ in going}
-            model = names.pop() if names else services.catalog.names().resolve(wanted.model).id
+            model = names.pop() if names else services.catalog.model_meant(wanted.model).id
         except ModelNotFound as error:
-            if await cancel_download(services, wanted.model):
+            if await cancel_downloads(services, wanted.model, LIVE):
                 return Success()
             raise InvalidRequest(f"model is not found: {error.message}", param="model") from None
         # A load that waits for its turn has no engine yet.
@@ -175,6 +178,8 @@ class RouterNews:
         if event.kind == "models_reload" or (event.kind == "snapshot" and not first):
             # A later snapshot stands for events that were lost.
             return {"model": "*", "event": "models_reload"}
+        if event.kind == "model_remove":
+            return {"model": event.data["id"], "event": "model_remove"}
         if event.kind == "download":
             return self._downloads.told(event.data)
         if event.kind != "model":
@@ -270,6 +275,7 @@ def _router_model(services: Services, file: ModelFile) -> RouterModel:
     return RouterModel(
         **{**item.model_dump(), "owned_by": item.backend, "status": status},
         path=file.id,
+        can_remove=not file.read_only,
         architecture=Architecture(input_modalities=inputs, output_modalities=["text"]),
         meta=_meta(file, views[0]) if loaded else None,
     )
@@ -321,7 +327,7 @@ async def _engine_props(services: Services, name: str) -> dict[str, Any]:
         UnsupportedByEngine: its engine is another than llama.cpp, and has none.
     """
     try:
-        model = services.catalog.names().resolve(name).id
+        model = services.catalog.model_meant(name).id
     except ModelNotFound as error:
         raise InvalidRequest(f"model '{name[:200]}' not found", param="model") from error
     for view, engine in _engines(services, model):

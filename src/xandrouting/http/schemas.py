@@ -75,13 +75,22 @@ class ModelList(BaseModel):
     data: list[ModelItem]
 
 
+class RouterProgress(BaseModel):
+    """How many bytes of a download are here, and how many there are."""
+
+    done: int
+    total: int
+
+
 class RouterStatus(Status):
     """A model's state as llama-server's router says it: `failed` stands beside `unloaded`.
 
-    `args` is the command line that would start the same engine.
+    `args` is the command line that would start the same engine. What is `downloading` has
+    `progress`, by the name that was asked for.
     """
 
     args: list[str] | None = None
+    progress: dict[str, RouterProgress] | None = None
 
 
 class Architecture(BaseModel):
@@ -94,7 +103,7 @@ class Architecture(BaseModel):
 class RouterModel(ModelItem):
     """One model as llama-server's router lists it, and what else is known of it.
 
-    `meta` is there while it is loaded.
+    `meta` is there while it is loaded. `can_remove`: whether `DELETE /models` takes it.
     """
 
     owned_by: str = "llamacpp"
@@ -102,6 +111,8 @@ class RouterModel(ModelItem):
     aliases: list[str] = []
     tags: list[str] = []
     status: RouterStatus
+    source: str = "models_dir"
+    can_remove: bool
     architecture: Architecture
     meta: dict[str, int] | None = None
 

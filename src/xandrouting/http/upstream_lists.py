@@ -162,6 +162,25 @@ async def unload(upstreams: Upstreams, wanted: UnloadRequest) -> Unloaded | None
     )
 
 
+def check_pin(upstreams: Upstreams, name: str) -> None:
+    """Pass a model that is no upstream's: what one keeps in memory is its own to choose.
+
+    Raises:
+        InvalidRequest: it is one; the message says how to have an Ollama keep it.
+    """
+    found = upstreams.named(name)
+    if found is None:
+        return
+    state, _ = found
+    remedy = ""
+    if state.backend is Backend.OLLAMA:
+        remedy = " POST /v1/models/load with `ttl` 0 has it keep one for ever."
+    raise InvalidRequest(
+        f"The upstream {state.name} holds its models by itself, so none is pinned here.{remedy}",
+        param="model",
+    )
+
+
 def _check_ollama(state: UpstreamState, does: str) -> None:
     if state.backend is not Backend.OLLAMA:
         raise InvalidRequest(

@@ -17,12 +17,15 @@ from xandrouting.inventory.model_file import (
     ModelFormat,
     ModelPart,
     is_gguf,
+    is_nameable,
 )
+from xandrouting.inventory.paths import real_path
 from xandrouting.inventory.safetensors import (
     InvalidSafetensors,
     UnreadableSafetensors,
     read_folder,
 )
+from xandrouting.inventory.safetensors_part import naming, opened
 from xandrouting.inventory.templates import takes_tools
 
 WEIGHTS: Final = ".safetensors"
@@ -115,16 +118,23 @@ def holds_weights(names: list[str]) -> bool:
     return any(name.endswith(WEIGHTS) for name in names)
 
 
+def is_model(names: list[str]) -> bool:
+    """Whether a folder with files of these names is meant as a model, and not weights alone."""
+    return _CONFIG in names and holds_weights(names)
+
+
 def look(base: str, relative: str) -> Folder | None:
     """List a folder's files; None: it is gone, or holds no weights.
 
-    A symlink counts as the file it leads to; where it leaves the root it is not followed.
+    A symlink counts as the file it leads to; where it leaves the root it is not followed. Names
+    that no list can show are left out: no engine reads such a file.
     """
     folder = Folder(relative)
     try:
         with os.scandir(f"{base}/{relative}") as entries:
             for entry in entries:
-                if not entry.name.startswith(".") and not is_gguf(entry.name):
+                name = entry.name
+                if not name.startswith(".") and not is_gguf(name) and is_nameable(name):
                     _add(folder, base, entry)
     except OSError:
         return None
@@ -133,8 +143,8 @@ def look(base: str, relative: str) -> Folder | None:
 
 def _add(folder: Folder, base: str, entry: os.DirEntry[str]) -> None:
     if entry.is_symlink():
-        target = os.path.realpath(entry.path)
-        if target != base and not target.startswith(f"{base}/"):
+        target = real_path(entry.path)
+        if target is not None and target != base and not target.startswith(f"{base}/"):
             folder.outside.add(entry.name)
             return
     try:
@@ -148,7 +158,7 @@ def _add(folder: Folder, base: str, entry: os.DirEntry[str]) -> None:
 def model_of(base: str, folder: Folder, found: Found) -> ModelFile:
     """Return a folder, in which this was found, as a model."""
     model = found if isinstance(found, FolderModel) else None
-    inside = f"{folder.relative}/"
+    inside = f"{folder.relative}/" if folder.relative else ""
     files = tuple(
         ModelPart(Path(base, inside + name), inside + name, status.st_size)
         for name, status in sorted(folder.files.items())
@@ -202,8 +212,9 @@ def _read(path: Path, folder: Folder) -> FolderModel:
 def _sentence_length(path: Path, folder: Folder) -> int | None:
     if _SENTENCES not in folder.files:
         return None
+    text = _text(path / _SENTENCES)
     try:
-        return _SENTENCES_DECODER.decode(_text(path / _SENTENCES)).max_seq_length
+        return _SENTENCES_DECODER.decode(text).max_seq_length
     except (msgspec.DecodeError, ValueError, RecursionError):
         return None
 
@@ -215,9 +226,10 @@ def _tokenized_length(path: Path, folder: Folder, positions: int | None) -> int 
     """
     if positions is None or _TOKENIZER_CONFIG not in folder.files:
         return positions
+    config, tokenizer = _text(path / _CONFIG), _text(path / _TOKENIZER_CONFIG)
     try:
-        kind = _POSITIONS_DECODER.decode(_text(path / _CONFIG)).position_embedding_type
-        longest = _TOKENIZER_DECODER.decode(_text(path / _TOKENIZER_CONFIG)).model_max_length
+        kind = _POSITIONS_DECODER.decode(config).position_embedding_type
+        longest = _TOKENIZER_DECODER.decode(tokenizer).model_max_length
     except (msgspec.DecodeError, ValueError, RecursionError):
         return positions
     if kind != "absolute" or longest is None or longest < 1:
@@ -232,8 +244,9 @@ def _template(path: Path, folder: Folder) -> str:
         return text.decode(errors="replace") if len(text) <= _MAX_TEMPLATE else ""
     for name in (_TEMPLATE_JSON, _TOKENIZER_CONFIG):
         if name in folder.files:
+            text = _text(path / name)
             try:
-                raw = _TEMPLATES_DECODER.decode(_text(path / name)).chat_template
+                raw = _TEMPLATES_DECODER.decode(text).chat_template
                 if memoryview(raw).nbytes > _MAX_TEMPLATE:
                     return ""
                 said = _TEMPLATE_DECODER.decode(raw)
@@ -245,8 +258,5 @@ def _template(path: Path, folder: Folder) -> str:
 
 
 def _text(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_MAX_TEXT_FILE)
-    except OSError as error:
-        raise UnreadableSafetensors(f"unreadable: {error.strerror}") from error
+    with naming(path.name), opened(path) as (fd, size):
+        return os.pread(fd, min(size, _MAX_TEXT_FILE), 0)

@@ -55,7 +55,7 @@ _TEXTS: Final = {
 }
 _TEMPLATES: Final = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
 _NUMBERS: Final = frozenset(
-    {"general.file_type", "general.alignment", "split.count", "split.no"},
+    {"general.file_type", "general.alignment", "split.count", "split.no", "split.tensors.count"},
 )
 _ARCHITECTURE_NUMBERS: Final = frozenset(
     {
@@ -128,6 +128,7 @@ class GgufHeader:
     tools: bool  # a template of its puts a request's tools into the prompt
     split_count: int | None
     split_no: int | None  # from 0
+    split_tensors: int | None  # how many all parts hold together
     file_type: str | None  # what the header claims, `Q4_K_M`
     type_bytes: tuple[tuple[str, int], ...]  # bytes per tensor type, the largest first
     block_bytes: tuple[int, ...]  # of the tensors of each layer
@@ -136,6 +137,7 @@ class GgufHeader:
     output_bytes: int  # of `output`; 0: `token_embd` is used for it
     tensor_bytes: int  # the file without its header
     quantization: str | None
+    tensors: int  # how many
     parameters: int
     data_bytes: int  # what the file must hold to be whole
     file_size: int
@@ -180,6 +182,7 @@ def join_parts(parts: Sequence[GgufHeader], file_name: str) -> GgufHeader:
         tensor_bytes=sum(part.tensor_bytes for part in parts),
         type_bytes=tuple(type_bytes.most_common()),
         quantization=quantization_of(type_bytes, first.file_type, file_name),
+        tensors=sum(part.tensors for part in parts),
         parameters=sum(part.parameters for part in parts),
         data_bytes=sum(part.data_bytes for part in parts),
         file_size=sum(part.file_size for part in parts),
@@ -280,6 +283,7 @@ def _alignment(metadata: Mapping[str, _Value]) -> int:
 
 
 class _Layout(NamedTuple):
+    tensors: int
     parameters: int
     type_bytes: Counter[str]
     place_bytes: Counter[int | str | None]  # by layer; `_EMBEDDING`, `_OUTPUT`; None: elsewhere
@@ -308,7 +312,7 @@ def _read_tensors(reader: HeaderReader, count: int, *, alignment: int) -> _Layou
     start = reader.position
     if count:
         start += -start % alignment
-    return _Layout(parameters, type_bytes, place_bytes, embedding_type, start, start + end)
+    return _Layout(count, parameters, type_bytes, place_bytes, embedding_type, start, start + end)
 
 
 def _read_place(reader: HeaderReader) -> int | str | None:
@@ -406,6 +410,7 @@ def _header(
         tools=any(takes_tools(_text(metadata, key) or "") for key in _TEMPLATES),
         split_count=_integer(metadata, "split.count"),
         split_no=_integer(metadata, "split.no"),
+        split_tensors=_integer(metadata, "split.tensors.count"),
         file_type=file_type,
         type_bytes=tuple(layout.type_bytes.most_common()),
         block_bytes=tuple(places[layer] for layer in range(layers)),
@@ -414,6 +419,7 @@ def _header(
         output_bytes=places[_OUTPUT],
         tensor_bytes=file_size - layout.start,
         quantization=quantization_of(layout.type_bytes, file_type, file_name),
+        tensors=layout.tensors,
         parameters=layout.parameters,
         data_bytes=layout.data_bytes,
         file_size=file_size,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import os
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Final, Self
 
-from xandrouting.disk.sqlite_file import NotOurs, open_file
-
-log = logging.getLogger(__name__)
+from xandrouting.disk.sqlite_file import NotOurs, WarnsOnce, open_file
 
 MAX_ROWS: Final = 20_000
 MAX_ROW_BYTES: Final = 256 << 10  # a larger one is read again after a restart
@@ -61,7 +57,7 @@ class HeaderStore:
         self._connection = connection
         self._lock = threading.Lock()
         self._rows: list[tuple[bytes, bytes, bytes, int]] = []  # not written yet
-        self._warned = False
+        self._refusals = WarnsOnce("headers file fails, they are read again")
 
     @classmethod
     def open(cls, path: Path, version: str) -> Self:
@@ -75,7 +71,7 @@ class HeaderStore:
     def find(self, path: str, identity: bytes) -> bytes | None:
         """Return what was kept of the file at `path`; None: nothing, or it is another file now."""
         row = None
-        with self._lock, self._warning_once():
+        with self._lock, self._refusals:
             if self._connection is not None:
                 query = "SELECT identity, told, checksum FROM headers WHERE path = ?"
                 row = self._connection.execute(query, (os.fsencode(path),)).fetchone()
@@ -101,26 +97,17 @@ class HeaderStore:
             rows, self._rows = self._rows, []
             if self._connection is None or not rows:
                 return
-            with self._warning_once(), self._connection as connection:
+            with self._refusals, self._connection as connection:
                 connection.execute("BEGIN")
                 connection.executemany("REPLACE INTO headers VALUES (?, ?, ?, ?)", rows)
 
     def close(self) -> None:
         """Write what is new and close the file; nothing is kept after that."""
         self.flush()
-        with self._lock, self._warning_once():
+        with self._lock, self._refusals:
             connection, self._connection = self._connection, None
             if connection is not None:
                 connection.close()
-
-    @contextlib.contextmanager
-    def _warning_once(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            if not self._warned:
-                log.warning("headers file fails, they are read again reason=%s", error)
-            self._warned = True
 
 
 def _prepare(connection: sqlite3.Connection, version: str) -> None:

@@ -14,14 +14,18 @@ from xandrouting.inventory import (
     folders,
     gguf,
     gguf_reader,
+    json_text,
     model_file,
+    paths,
     quantization,
     safetensors,
+    safetensors_part,
     templates,
 )
 from xandrouting.inventory.folders import Folder, Found, read_folder_model
 from xandrouting.inventory.gguf import GgufHeader, InvalidGguf, UnreadableGguf, read_gguf
 from xandrouting.inventory.header_store import HeaderStore, version_of
+from xandrouting.inventory.paths import path_in
 from xandrouting.inventory.safetensors import UnreadableSafetensors
 
 Header = GgufHeader | str
@@ -32,7 +36,8 @@ _ENCODE: Final = msgspec.msgpack.Encoder().encode
 _HEADER: Final[msgspec.msgpack.Decoder[Header]] = msgspec.msgpack.Decoder(Header)
 _FOUND: Final[msgspec.msgpack.Decoder[Found]] = msgspec.msgpack.Decoder(Found)
 _READERS: Final = (
-    *(names, folders, gguf, gguf_reader, model_file, quantization, safetensors, templates),
+    *(names, folders, gguf, gguf_reader, json_text, model_file, paths, quantization),
+    *(safetensors, safetensors_part, templates),
 )
 
 
@@ -76,7 +81,7 @@ class HeaderCache:
 
     def read_folder(self, base: str, folder: Folder) -> Found:
         """Return what a folder holds. It blocks for about a millisecond a part."""
-        path, identity = f"{base}/{folder.relative}", folder.identity
+        path, identity = path_in(base, folder.relative), folder.identity
         known = self._folders.get(path)
         if known is not None and known[0] == identity:
             return known[1]
@@ -102,10 +107,7 @@ class HeaderCache:
         decoder: msgspec.msgpack.Decoder[_T],
         read: Callable[[], _T],
     ) -> _T:
-        try:
-            key = _ENCODE(identity)
-        except UnicodeError:
-            return read()  # a file beside it has a name that is no text
+        key = _ENCODE(identity)
         told = self._store.find(path, key)
         if told is not None:
             try:

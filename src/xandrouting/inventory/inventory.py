@@ -282,7 +282,7 @@ def _remedy(problem: str) -> str:
         return "Download the missing parts into the same folder."
     if "unreadable" in problem:
         return "Let the user that the server runs as read the file."
-    if "architecture" in problem:
+    if "does not know the architecture" in problem:
         return "Update the engine, or choose another model."
     if "not a model" in problem:
         return "Ask for the model it belongs to."

@@ -163,6 +163,7 @@ class Snapshot:
 
     models: tuple[ModelFile, ...] = ()
     escaping: frozenset[str] = frozenset()  # symlinks that leave the root, relative to it
+    troubles: frozenset[str] = frozenset()  # what was not looked at, and why, as the log says it
 
 
 def stem_of(relative: str) -> str:

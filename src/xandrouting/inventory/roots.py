@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from xandrouting.inventory.folders import is_model
 from xandrouting.inventory.model_file import VIRTUAL_ROOT, is_nameable
+from xandrouting.inventory.paths import real_path
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class Root:
 
     path: Path
     name: str = ""
+    itself_only: bool = False  # it is a model, and what lies below is another root's
 
     @property
     def read_only(self) -> bool:
@@ -33,7 +35,7 @@ class Root:
     @property
     def base(self) -> str:
         """Its path without symlinks, as it is now. It blocks."""
-        return os.path.realpath(self.path).rstrip("/")
+        return (real_path(self.path) or str(self.path.absolute())).rstrip("/")
 
     def seen(self, relative: str) -> str:
         """Return a path relative to this folder as one relative to `/models`."""
@@ -43,17 +45,29 @@ class Root:
         """Return a path relative to `/models` as one relative to this folder; None: elsewhere."""
         if not self.name:
             return seen
+        if seen == self.name:
+            return ""
         return seen[len(self.name) + 1 :] if seen.startswith(f"{self.name}/") else None
 
 
 def roots_of(models_dir: Path, further: Iterable[Further]) -> tuple[Root, ...]:
     """Return the models directory and the further folders, each with a name of its own.
 
-    A name that is taken, by a folder of the models directory too, gets a number. A folder that
-    is in another one, or holds it, is left out. It blocks.
+    A models directory that is a model itself is one more, by its folder's name: `/models` means
+    all that lies in it. A name that is taken, by a folder of the models directory too, gets a
+    number. A folder that is in another one, or holds it, is left out. It blocks.
     """
     roots = [Root(models_dir)]
-    taken = set(_names_in(models_dir))
+    inside = _names_in(models_dir)
+    taken = set(inside)
+    if is_model(inside):
+        unique = _unique(models_dir.resolve().name, taken)
+        taken.add(unique)
+        roots.append(Root(models_dir, unique, itself_only=True))
+        log.warning(
+            "models directory is a model itself, set models_dir to the folder above model=%s/%s",
+            *(VIRTUAL_ROOT, unique),
+        )
     for name, path in further:
         if any(_overlap(path, root.path) for root in roots):
             log.warning("model root left out, it overlaps with another path=%s", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +22,12 @@ from xandrouting.inventory.model_file import (
     part_match,
     part_names,
 )
+from xandrouting.inventory.paths import path_in, real_file, real_path
 from xandrouting.inventory.projectors import with_projectors
 from xandrouting.inventory.roots import Root, root_of
-from xandrouting.inventory.walk import Tree, real_file, walk
+from xandrouting.inventory.walk import Tree, walk
+
+log = logging.getLogger(__name__)
 
 TELL_EVERY_S: Final = 0.5
 _NO_MODELS: Final = {
@@ -61,12 +65,15 @@ def scan_all(
 
     It blocks: about 10 ms for each file not in `cache`. While it reads, `tell` hears every
     half a second what is known so far: what was read, and what was there `before` and still is.
-    Hidden files and folders are skipped.
+    Hidden files and folders are skipped. Of what it cannot look at, what is new is logged.
 
     Raises:
         ScanStopped: `is_stopped` said so.
     """
-    looks = [_Look(root, base := root.base, walk(base)) for root in roots]
+    looks = [_Look(root, base := root.base, _walk(root, base)) for root in roots]
+    troubles = {trouble for look in looks for trouble in look.tree.troubles}
+    for trouble in sorted(troubles - before.troubles):
+        log.warning("%s", trouble)
     told_at = time.monotonic()
     for _ in _read(looks, cache):
         if is_stopped():
@@ -79,7 +86,7 @@ def scan_all(
         {look.path(name) for look in looks for name in look.tree.models},
     )
     walked = (look.path(folder) for look in looks for folder in look.tree.folders)
-    return Scan(_snapshot(looks), frozenset(path for path in walked if Path(path).is_dir()))
+    return Scan(_snapshot(looks), frozenset(filter(os.path.isdir, walked)))
 
 
 def recheck(root: Path | Sequence[Root], model: ModelFile, cache: HeaderCache) -> ModelFile | None:
@@ -119,8 +126,8 @@ def _recheck_files(base: str, relative: str, cache: HeaderCache) -> ModelFile | 
 
 
 def _recheck_folder(base: str, relative: str, cache: HeaderCache) -> ModelFile | None:
-    path = f"{base}/{relative}"
-    folder = folders.look(base, relative) if os.path.realpath(path) == path else None
+    path = path_in(base, relative)
+    folder = folders.look(base, relative) if real_path(path) == path else None
     if folder is None:
         return None
     return folders.model_of(base, folder, cache.read_folder(base, folder))
@@ -137,7 +144,11 @@ class _Look:
     models: dict[str, ModelFile] = field(default_factory=dict)  # the folders among them
 
     def path(self, relative: str) -> str:
-        return f"{self.base}/{relative}" if relative else self.base
+        return path_in(self.base, relative)
+
+
+def _walk(root: Root, base: str) -> Tree:
+    return walk(base, itself=root.read_only, below=not root.itself_only)
 
 
 def _read(looks: Sequence[_Look], cache: HeaderCache) -> Iterator[None]:
@@ -163,7 +174,11 @@ def _snapshot(looks: Sequence[_Look]) -> Snapshot:
         for model in _models(look):
             models.setdefault(model.id, model)  # a further root never hides what is ours
         escaping.update(map(look.root.seen, look.tree.all_escaping()))
-    return Snapshot(tuple(models[name] for name in sorted(models)), frozenset(escaping))
+    return Snapshot(
+        tuple(models[name] for name in sorted(models)),
+        frozenset(escaping),
+        frozenset(trouble for look in looks for trouble in look.tree.troubles),
+    )
 
 
 def _so_far(looks: Sequence[_Look], before: Snapshot) -> Snapshot:
@@ -281,20 +296,38 @@ def _problem(candidate: _Candidate, headers: Mapping[str, Header]) -> str | None
     if missing:
         more = ", …" if len(missing) > 3 else ""
         return f"{len(missing)} of {total} parts missing: {', '.join(missing[:3])}{more}"
+    parts: list[GgufHeader] = []
     for no, (name, _) in sorted(candidate.parts.items()):
-        problem = _part_problem(headers[name], no, total)
+        header = headers[name]
+        problem = header if isinstance(header, str) else _part_problem(header, no, total, parts)
         if problem is not None:
             return problem if total == 1 else f"part {no} of {total}: {problem}"
-    first = headers[candidate.parts[1][0]]
-    assert isinstance(first, GgufHeader)
+        assert isinstance(header, GgufHeader)
+        parts.append(header)
+    return _problem_of_all(parts)
+
+
+def _problem_of_all(parts: Sequence[GgufHeader]) -> str | None:
+    """Return what is wrong though each part is right."""
+    first = parts[0]
+    if first.kind in _NO_MODELS:
+        return _NO_MODELS[first.kind]  # an importance matrix names no architecture
     if first.architecture is None:
         return "header damaged: it names no architecture"
-    return _NO_MODELS.get(first.kind or "model")
+    tensors = sum(part.tensors for part in parts)
+    if not tensors:
+        return "no weights: it holds a vocabulary at most"
+    if len(parts) > 1 and first.split_tensors not in (None, tensors):
+        return f"a part is of another model: {tensors} tensors, not {first.split_tensors}"
+    return None
 
 
-def _part_problem(header: Header, no: int, total: int) -> str | None:
-    if isinstance(header, str):
-        return header
+def _part_problem(
+    header: GgufHeader, no: int, total: int, before: Sequence[GgufHeader]
+) -> str | None:
+    expected = before[0].architecture if before else None
+    if expected and header.architecture not in (None, expected):
+        return f"of another model, {header.architecture!r}"
     # A model merged from parts says `split.count` 0.
     if header.split_count and (header.split_count, header.split_no) != (total, no - 1):
         position = "?" if header.split_no is None else header.split_no + 1

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,11 +33,15 @@ MANIFEST: Final = ".xandrouting.json"
 _STAMP: Final = "%Y%m%dT%H%M%SZ"
 _NAME: Final = re.compile(r"(\d{8}T\d{6}Z)-.*")
 _MAX_NAME: Final = 60
+_BLOCK_BYTES: Final = 512  # stat(2)'s
 _MAX_MANIFEST_BYTES: Final = 16 << 20
 # What tools leave beside a model and nobody keeps for its own sake.
 _LEFTOVERS: Final = frozenset(
     (MANIFEST, ".cache", ".huggingface", ".git", ".gitattributes", ".gitignore", ".DS_Store")
 )
+
+# Whoever moves into the trash holds it: what is there of a deletion may still be put back.
+_moving = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +106,42 @@ def empty(roots: Sequence[Root], *, now: datetime | None = None) -> int:
     return count
 
 
+def make_room(root: Root, free_bytes: int) -> None:
+    """Have so many bytes free on the disk of the models directory, if its trash has them.
+
+    The oldest deletions go first, and no more of them than it takes; none where all together
+    would not be enough.
+
+    Raises:
+        OSError: nobody knows how much is free.
+    """
+    base = root.base
+    trash = Path(base, FOLDER)
+    if trash.is_symlink() or not trash.is_dir():
+        return
+    count = 0
+    with _moving:
+        ours = [place for place in _children(trash) if _deleted_at(place) is not None]
+        free = _free_bytes(base)
+        if free >= free_bytes or free + sum(map(_disk_bytes, ours)) < free_bytes:
+            return
+        for place in ours:  # by name, and so by age
+            count += _remove(place)
+            if _free_bytes(base) >= free_bytes:
+                break
+    log.info("trash gave way to a download models=%d", count)
+
+
 def _take(base: str, paths: Sequence[str], stem: str, *, purge: bool) -> Deleted:
     now = datetime.now(UTC)
     size_bytes = sum(_size_bytes(Path(base, path)) for path in paths)
-    places = _move(base, paths, f"{now.strftime(_STAMP)}-{_plain(stem)}")
-    if purge:
-        for place in places:
-            shutil.rmtree(place)
-            with suppress(OSError):
-                place.parent.rmdir()
+    with _moving:
+        places = _move(base, paths, f"{now.strftime(_STAMP)}-{_plain(stem)}")
+        if purge:
+            for place in places:
+                shutil.rmtree(place)
+                with suppress(OSError):
+                    place.parent.rmdir()
     return Deleted(tuple(paths), size_bytes, None if purge else now + KEPT)
 
 
@@ -285,15 +317,22 @@ def _trashes(base: str) -> Iterator[Path]:
 
 def _expire(place: Path, until: datetime) -> bool:
     """Remove one deletion's folder if it is old enough; what we did not put there stays."""
+    at = _deleted_at(place)
+    return at is not None and at <= until and _remove(place)
+
+
+def _deleted_at(place: Path) -> datetime | None:
+    """Return when a folder of the trash was made; None: it is not one of a deletion."""
     match = _NAME.fullmatch(place.name)
     if match is None or place.is_symlink():
-        return False
+        return None
     try:
-        at = datetime.strptime(match[1], _STAMP).replace(tzinfo=UTC)
+        return datetime.strptime(match[1], _STAMP).replace(tzinfo=UTC)
     except ValueError:
-        return False
-    if at > until:
-        return False
+        return None
+
+
+def _remove(place: Path) -> bool:
     try:
         shutil.rmtree(place)
     except OSError as error:
@@ -313,6 +352,22 @@ def _size_bytes(path: Path) -> int:
     """Return what a file takes: a symlink nothing, nor a file that has another name too."""
     status = path.lstat()
     return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else 0
+
+
+def _free_bytes(base: str) -> int:
+    disk = os.statvfs(base)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _disk_bytes(place: Path) -> int:
+    """Return what the disk gets back with a folder: nothing for files that have other names too."""
+    found = 0
+    for path in place.rglob("*"):
+        with suppress(OSError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                found += status.st_blocks * _BLOCK_BYTES
+    return found
 
 
 def _plain(stem: str) -> str:

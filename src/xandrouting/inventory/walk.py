@@ -6,17 +6,15 @@ another spelling of what it leads to. What a symlink leads to outside the root i
 
 from __future__ import annotations
 
-import logging
 import os
-import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from xandrouting.inventory import folders
 from xandrouting.inventory.model_file import VIRTUAL_ROOT, is_gguf, is_nameable
-
-log = logging.getLogger(__name__)
+from xandrouting.inventory.paths import real_path, regular_file
 
 
 @dataclass(slots=True)
@@ -28,6 +26,7 @@ class Tree:
     files: dict[str, os.stat_result] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)  # to where they really lead
     escaping: set[str] = field(default_factory=set)
+    troubles: set[str] = field(default_factory=set)  # what was not looked at, and why
 
     def spellings(self) -> Mapping[str, set[str]]:
         """Return the other paths of each model's file or folder."""
@@ -50,25 +49,29 @@ class Tree:
             if target in self.folders:
                 inside = f"{target}/" if target else ""
                 for path in paths:
-                    if path.startswith(inside):
+                    if path and path.startswith(inside):
                         yield f"{link}/{path[len(inside) :]}", path
 
 
-def walk(base: str) -> Tree:
-    """Return what lies under `base`, a path without symlinks. It blocks."""
+def walk(base: str, *, itself: bool = False, below: bool = True) -> Tree:
+    """Return what lies under `base`, a path without symlinks. It blocks.
+
+    `itself`: it may be a model too. Unless `below`, what lies in it is not looked at.
+    """
     tree = Tree()
     pending = [""]
     while pending:
         folder = pending.pop()
         tree.folders.add(folder)
-        entries = _entries(base, folder)
-        if folder and folders.holds_weights([entry.name for entry in entries]):
+        entries = _entries(tree, base, folder)
+        names = [entry.name for entry in entries]
+        if folders.holds_weights(names) if folder else itself and folders.is_model(names):
             tree.models.add(folder)
-        for entry in entries:
+        for entry in entries if below else ():
             relative = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_symlink():
+            if entry.is_link:
                 _add_link(tree, base, relative)
-            elif entry.is_dir(follow_symlinks=False):
+            elif entry.is_folder:
                 pending.append(relative)
             elif is_gguf(entry.name):
                 _add_file(tree, base, relative)
@@ -79,24 +82,38 @@ def walk(base: str) -> Tree:
     return tree
 
 
-def _entries(base: str, folder: str) -> list[os.DirEntry[str]]:
+class _Entry(NamedTuple):
+    name: str
+    is_link: bool
+    is_folder: bool
+
+
+def _entries(tree: Tree, base: str, folder: str) -> list[_Entry]:
     try:
         with os.scandir(f"{base}/{folder}") as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
+            visible = [
+                # Some file systems are asked for the kind of each, and may refuse.
+                _Entry(entry.name, entry.is_symlink(), entry.is_dir(follow_symlinks=False))
+                for entry in entries
+                if not entry.name.startswith(".")
+            ]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        log.warning("models folder unreadable folder=%r reason=%s", folder, error.strerror)
+        tree.troubles.add(f"models folder unreadable folder={folder!r} reason={error.strerror}")
         return []
     inside = f"{VIRTUAL_ROOT}/{folder}"
     unusable = [entry.name for entry in visible if not is_nameable(f"{inside}/{entry.name}")]
     if unusable:
-        log.warning("file names not usable, rename them folder=%r names=%a", folder, unusable)
+        names = sorted(unusable)
+        tree.troubles.add(f"file names not usable, rename them folder={folder!r} names={names!a}")
     return [entry for entry in visible if entry.name not in unusable]
 
 
 def _add_link(tree: Tree, base: str, relative: str) -> None:
-    target = os.path.realpath(f"{base}/{relative}")
+    target = real_path(f"{base}/{relative}")
+    if target is None:
+        return
     if target != base and not target.startswith(f"{base}/"):
         tree.escaping.add(relative)
         return
@@ -110,17 +127,3 @@ def _add_file(tree: Tree, base: str, relative: str) -> None:
     status = regular_file(f"{base}/{relative}")
     if status is not None:
         tree.files[relative] = status
-
-
-def regular_file(path: str) -> os.stat_result | None:
-    """Return the status of a regular file; None: there is none, or it is a symlink."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status if stat.S_ISREG(status.st_mode) else None
-
-
-def real_file(path: str) -> os.stat_result | None:
-    """Return the status of a regular file that no symlink is on the way to."""
-    return regular_file(path) if os.path.realpath(path) == path else None

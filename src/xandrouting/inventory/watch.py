@@ -4,6 +4,7 @@ Of the two libraries that are kept up, watchfiles asks the system in Rust and wa
 times a second; watchdog takes a thread and an inotify instance for each folder, and makes
 Python objects of every write there is. Each folder is watched by itself and not with what lies
 below: the library would follow symlinks out of the root, and hear every byte of a download.
+What it watches is the folder of that time, whatever comes in its place later.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from watchfiles import Change
 from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 log = logging.getLogger(__name__)
@@ -44,7 +48,8 @@ class FolderWatch:
     def __init__(self, roots: Sequence[Path], on_change: Callable[[], None]) -> None:
         self._roots = tuple(roots)
         self._on_change = on_change
-        self._folders: frozenset[str] = frozenset()
+        self._watched: list[_Identity] = []
+        self._replaced = False  # one of them went; another may have its name, and its inode too
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._works = False
@@ -61,16 +66,18 @@ class FolderWatch:
 
         What changes meanwhile may go unheard: look once more afterwards.
         """
-        if folders == self._folders and (self._works or time.monotonic() < self._again_at):
+        found = await asyncio.to_thread(_identities, sorted(folders))
+        same = found == self._watched and not self._replaced
+        if same and (self._works or time.monotonic() < self._again_at):
             return False
         await self.aclose()
-        self._folders = folders
+        self._watched, self._replaced = found, False
         notify = await asyncio.to_thread(self._begin, folders)
         self._works = notify is not None
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._run,
-            args=(notify, self._stop, asyncio.get_running_loop()),
+            args=(notify, folders, self._stop, asyncio.get_running_loop()),
             name="models-watch",
             daemon=True,
         )
@@ -95,7 +102,7 @@ class FolderWatch:
         except FileNotFoundError as error:  # gone meanwhile, or the system's limit is reached
             if all(map(os.path.isdir, folders)):
                 self._warn(f"raise fs.inotify.max_user_watches: {error}")
-        except (OSError, WatchfilesRustInternalError) as error:
+        except (OSError, UnicodeError, WatchfilesRustInternalError) as error:
             self._warn(str(error))
         return None
 
@@ -106,49 +113,73 @@ class FolderWatch:
         self._warned = True
 
     def _run(
-        self, notify: RustNotify | None, stop: threading.Event, loop: asyncio.AbstractEventLoop
+        self,
+        notify: RustNotify | None,
+        folders: frozenset[str],
+        stop: threading.Event,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         before = _identities(self._roots)
-        while not stop.is_set():
-            heard = _wait(notify, stop)
-            now = _identities(self._roots)
-            if stop.is_set():
-                break
-            if heard is None:
-                self._works = False
-                notify = None
-            if heard is not False or now != before:
-                before = now
-                loop.call_soon_threadsafe(self._on_change)
+        with _mounting() as has_mounted:
+            while not stop.is_set():
+                heard = _wait(notify, stop)
+                now = _identities(self._roots)
+                if stop.is_set():
+                    break
+                if heard is None:
+                    self._works = False
+                    notify = None
+                elif any(path in folders and change != Change.modified for change, path in heard):
+                    self._replaced = True
+                if heard or heard is None or now != before or has_mounted():
+                    before = now
+                    loop.call_soon_threadsafe(self._on_change)
         if notify is not None:
             notify.close()
 
 
-def _wait(notify: RustNotify | None, stop: threading.Event) -> bool | None:
-    """Wait for a second at most; return whether something changed, None: this cannot go on."""
+def _wait(notify: RustNotify | None, stop: threading.Event) -> set[tuple[int, str]] | None:
+    """Wait for a second at most; return what changed and how, None: this cannot go on."""
     if notify is None:
         stop.wait(LOOK_EVERY_MS / 1000)
-        return False
+        return set()
     try:
         heard = notify.watch(DEBOUNCE_MS, STEP_MS, LOOK_EVERY_MS, stop)
     except WatchfilesRustInternalError as error:  # a name that is no text, or a limit
         log.info("models watch begins anew reason=%s", error)
         notify.close()
         return None
-    return not isinstance(heard, str)
+    return set() if isinstance(heard, str) else heard
 
 
-def _identities(roots: Iterable[Path]) -> list[tuple[int, int] | None]:
-    """Return which folder each root is now; None: it is none."""
-    found: list[tuple[int, int] | None] = []
-    for root in roots:
+_Identity = tuple[str, int, int] | None
+
+
+def _identities(folders: Iterable[str | Path]) -> list[_Identity]:
+    """Return which folder each is now; None: it is none."""
+    found: list[_Identity] = []
+    for folder in folders:
         try:
-            status = root.stat()
+            status = Path(folder).stat()
         except OSError:
             found.append(None)
         else:
-            found.append((status.st_dev, status.st_ino))
+            found.append((str(folder), status.st_dev, status.st_ino))
     return found
+
+
+@contextmanager
+def _mounting() -> Iterator[Callable[[], bool]]:
+    """Yield what tells whether a file system came or went since it was asked: no folder hears."""
+    try:
+        file = _MOUNTS.open("rb")
+    except OSError:
+        yield lambda: False  # not Linux
+        return
+    with file:
+        poll = select.poll()
+        poll.register(file, select.POLLPRI)
+        yield lambda: bool(poll.poll(0))
 
 
 def shared_among(folders: Iterable[str], mounts: Path = _MOUNTS) -> str | None:

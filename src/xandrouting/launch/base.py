@@ -43,6 +43,10 @@ class Handle(Protocol):
         """None while it runs; then the exit status, negative for a signal as in subprocess."""
 
     @property
+    def never_began(self) -> bool:
+        """Whether it was there before its order, and has printed nothing since it was given."""
+
+    @property
     def killed_for_memory(self) -> bool:
         """Whether the system ended it for want of memory, as far as can be told."""
 

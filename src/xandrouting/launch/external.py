@@ -14,6 +14,7 @@ class ExternalHandle:
     """An engine at an address. It counts as running until the gateway lets go of it."""
 
     pid: Final = None
+    never_began: Final = False
     killed_for_memory: Final = False
 
     def __init__(self, base_url: str, api_key: str) -> None:

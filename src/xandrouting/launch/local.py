@@ -121,6 +121,7 @@ class LocalHandle:
         self._run_dir = run_dir
         self._gauge = gauge
         self._told_to_stop = False
+        self._ordered_at: int | None = None  # bytes printed when one that waited got its order
         self._oom_kills: int | None = None  # of this machine, when it was given its order
         self._log = EngineLog(hear)
         self._control = b""
@@ -137,6 +138,7 @@ class LocalHandle:
         self.base_url = f"http://{HOST}:{port}"
         self._plan = plan
         self._oom_kills = host_memory.oom_kills()
+        self._ordered_at = self._log.printed_bytes if self._begun.done() else None
         self._log.expect(plan.ready_line)
         if plan.order:
             order = plan.order.replace("{port}", str(port)).replace("{cores}", as_list(self.cores))
@@ -157,6 +159,11 @@ class LocalHandle:
     def lives(self) -> bool:
         """Whether the program still runs, or has yet to; its end may not have been told yet."""
         return self._life is None or self._life.lasts()
+
+    @property
+    def never_began(self) -> bool:
+        """Whether it waited when it was given its order, and has printed nothing since."""
+        return self._log.printed_bytes == self._ordered_at
 
     async def begun(self) -> str | None:
         """Wait until the engine's program runs; return why it never will, or None."""

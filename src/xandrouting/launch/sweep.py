@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import tempfile
 import time
@@ -27,6 +28,7 @@ from xandrouting.launch import guard
 log = logging.getLogger(__name__)
 
 MARK: Final = "XR_ENGINE_MARK"  # the environment variable that every process of an engine inherits
+_A_MARK: Final = re.compile("[0-9a-f]{32}")
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _POLL_S: Final = 0.01
 _GUARD_WAIT_S: Final = 2.0  # a guard whose gateway is gone ends its tree in half a second
@@ -105,6 +107,7 @@ def _sweep_one(path: Path) -> bool:
         record = Record.parse(path.read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("engine record unreadable file=%s error=%s", path.name, error)
+        _discard_scratch(path.stem)  # it is named by its mark, and a power cut may empty it
         path.unlink(missing_ok=True)
         return False
     if record.boot_id == _boot_id():
@@ -114,6 +117,7 @@ def _sweep_one(path: Path) -> bool:
         ended = end_leftovers(record.mark, record.engine)
     else:
         ended = False  # the machine was started anew since: every pid is another's
+        _discard_scratch(record.mark)
     path.unlink(missing_ok=True)
     return ended
 
@@ -149,6 +153,12 @@ def scratch_of(mark: str) -> Path:
     Its name is short: sockets in it have room for about 100 characters.
     """
     return Path(tempfile.gettempdir(), f"xr-{mark[:16]}")
+
+
+def _discard_scratch(mark: str) -> None:
+    """Remove the scratch folder of an engine that is not running, as far as can be told."""
+    if _A_MARK.fullmatch(mark) and next(_leftovers(mark, None), None) is None:
+        guard.discard(str(scratch_of(mark)))
 
 
 def _leftovers(mark: str, engine: Life | None) -> Iterator[Life]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Final, Self
@@ -14,8 +11,7 @@ import msgspec
 
 from xandrouting.core.figures import MAX_FIGURES, FigureKey, Figures
 from xandrouting.core.model import Figure, LoadOptions
-
-log = logging.getLogger(__name__)
+from xandrouting.disk.sqlite_file import NotOurs, WarnsOnce, open_file
 
 _Bytes = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -34,7 +30,6 @@ class _Row(msgspec.Struct, array_like=True):
 
 _SCHEMA_VERSION: Final = 1
 _COLUMNS: Final = ", ".join(_Row.__struct_fields__)
-_BUSY_S: Final = 0.05  # another gateway's write takes far less; the event loop waits meanwhile
 # REPLACE gives a row a new rowid, higher than all: their order is the order of the last loads.
 _SAVE: Final = f"REPLACE INTO figures ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - constants
 _LOAD: Final = f"SELECT {_COLUMNS} FROM figures ORDER BY rowid"  # noqa: S608 - constants
@@ -68,7 +63,7 @@ class FigureStore:
     def __init__(self, connection: sqlite3.Connection | None) -> None:
         """Use `open` instead; a connection of None keeps nothing."""
         self._connection = connection
-        self._warned = False
+        self._refusals = WarnsOnce("figures not written, kept in memory only")
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -77,25 +72,13 @@ class FigureStore:
         A file that is damaged or none of ours is moved aside to `….damaged`. It blocks for
         some milliseconds.
         """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            try:
-                return cls(_connect(path))
-            except _NotOurs as error:
-                log.warning("figures file moved aside path=%s reason=%s", path, error)
-                _move_aside(path)
-                path.touch(mode=0o600)
-                return cls(_connect(path))
-        except (OSError, sqlite3.Error, _NotOurs) as error:
-            log.warning("figures kept in memory only path=%s reason=%s", path, error)
-            return cls(None)
+        return cls(open_file(path, _prepare, holds="figures"))
 
     def load(self) -> Figures:
         """Read what was saved, less the rows that another version wrote for itself."""
         rows = []
         if self._connection is not None:
-            with self._warning_once():
+            with self._refusals:
                 self._connection.execute(_TRIM, (MAX_FIGURES,))
                 rows = self._connection.execute(_LOAD).fetchall()
         return Figures(item for row in rows if (item := _item(row)) is not None)
@@ -112,7 +95,7 @@ class FigureStore:
         if self._connection is None or not learned_as:
             return
         key = learned_as, device, placement_cards, _text(options)
-        with self._warning_once():
+        with self._refusals:
             self._connection.execute(
                 _SAVE, (*key, figure.host_bytes, figure.device_bytes, figure.load_s)
             )
@@ -120,42 +103,9 @@ class FigureStore:
     def close(self) -> None:
         """Close the file; later calls keep nothing."""
         if self._connection is not None:
-            with self._warning_once():
+            with self._refusals:
                 self._connection.close()
             self._connection = None
-
-    @contextlib.contextmanager
-    def _warning_once(self) -> Iterator[None]:
-        # The next write is tried all the same: a full disk may be emptied.
-        try:
-            yield
-        except sqlite3.Error as error:
-            if not self._warned:
-                log.warning("figures not written, kept in memory only reason=%s", error)
-            self._warned = True
-
-
-class _NotOurs(Exception):
-    """The file is damaged, or something else wrote it."""
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-    )
-    try:
-        _prepare(connection)
-    except sqlite3.Error as error:
-        connection.close()
-        # Text that is no UTF-8 is an error of the module's own, without a code.
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise _NotOurs(error) from error
-        raise
-    except _NotOurs:
-        connection.close()
-        raise
-    return connection
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
@@ -164,24 +114,10 @@ def _prepare(connection: sqlite3.Connection) -> None:
     if version == 0 and not tables:
         connection.executescript(_CREATE)
     elif version != _SCHEMA_VERSION:
-        raise _NotOurs(f"schema version {version}")
+        raise NotOurs(f"schema version {version}")
     columns = connection.execute("SELECT name FROM pragma_table_info('figures')").fetchall()
     if tuple(name for [name] in columns) != _Row.__struct_fields__:
-        raise _NotOurs("other columns")
-    [problem] = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if problem != "ok":
-        raise _NotOurs(problem)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
-
-
-def _move_aside(path: Path) -> None:
-    # Its write-ahead log and index are there when it was not closed well, or another gateway
-    # has it open; they are part of it.
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            old = path.with_name(path.name + suffix)
-            old.replace(path.with_name(f"{path.name}.damaged{suffix}"))
+        raise NotOurs("other columns")
 
 
 def _text(options: LoadOptions) -> str:

@@ -35,6 +35,10 @@ class _StopAsked(Exception):
     """The engine was told to stop while something was under way."""
 
 
+class _NeverBegan(Exception):
+    """A spare became the engine and died before it had done anything for it."""
+
+
 class Life:
     """Starts one engine, lends it out, lets it sleep and wakes it, and sees to its end."""
 
@@ -64,6 +68,18 @@ class Life:
 
     async def _live(self) -> GatewayError | None:
         """Run the engine to its end; return why its last load failed, if it did."""
+        try:
+            return await self._live_in_a_process(may_be_replaced=True)
+        except _NeverBegan as death:
+            log.warning("spare ended as it was taken engine=%s status=%s", self._engine.id, death)
+            return await self._live_in_a_process(may_be_replaced=False)
+
+    async def _live_in_a_process(self, *, may_be_replaced: bool) -> GatewayError | None:
+        """Run the engine to its end.
+
+        Raises:
+            _NeverBegan: a spare died as it was taken. Another process may do.
+        """
         engine, kind = self._engine, self._kind
         plan = self._plan()
         try:
@@ -73,6 +89,7 @@ class Life:
         except GatewayError as error:
             return self._failed(error)
         engine.handle = handle
+        next_spare: Kind | None = kind
         try:
             await _unless_stopped(engine, self._load(handle, plan))
             self._became_ready()
@@ -90,19 +107,37 @@ class Life:
         except (StartError, CallFailed) as error:
             if isinstance(error, CallFailed) or engine.wakes_by_calls:
                 log.warning("engine does not wake engine=%s %s", engine.id, error)
+            elif may_be_replaced and self._was_a_dying_spare(handle):
+                next_spare = None  # the next process is the engine's own
+                raise _NeverBegan(handle.exit_status) from error
             else:
                 return self._failed(self._start_error(handle, error))
         finally:
-            try:
-                if engine.stop_reason in PARKED_WHEN and handle.exit_status is None:
-                    await self._park()
-            finally:  # whatever becomes of its conversations, it ends
-                if engine.client is not None:
-                    engine.client.close()
-                self._shell.tasks.keep(self._shell.preparing.prepare_spare(kind))
-                await handle.stop(grace_s=0.0 if engine.forced else plan.stop_grace_s)
-                await self._shell.watch.until_freed(engine)
+            await self._end(handle, plan, next_spare)
         return None
+
+    def _was_a_dying_spare(self, handle: Handle) -> bool:
+        """Whether it ended before it could take its order.
+
+        One that wakes is no spare: for those who wait the scheduler has another engine begun.
+        """
+        return (
+            handle.exit_status is not None and handle.never_began and not self._engine.start.wakes
+        )
+
+    async def _end(self, handle: Handle, plan: LaunchPlan, next_spare: Kind | None) -> None:
+        """Park its conversations where they are wanted, and leave nothing of its process tree."""
+        engine = self._engine
+        try:
+            if engine.stop_reason in PARKED_WHEN and handle.exit_status is None:
+                await self._park()
+        finally:  # whatever becomes of its conversations, it ends
+            if engine.client is not None:
+                engine.client.close()
+            if next_spare is not None:
+                self._shell.tasks.keep(self._shell.preparing.prepare_spare(next_spare))
+            await handle.stop(grace_s=0.0 if engine.forced else plan.stop_grace_s)
+            await self._shell.watch.until_freed(engine)
 
     def _plan(self) -> LaunchPlan:
         start = self._engine.start

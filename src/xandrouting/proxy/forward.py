@@ -18,6 +18,7 @@ from xandrouting.core.errors import (
     EngineError,
     EngineRejected,
     GatewayError,
+    UpstreamEmpty,
     UpstreamNotAnApi,
     UpstreamRedirects,
     UpstreamTimeout,
@@ -159,6 +160,7 @@ async def relay(
     name: str,
     explain: Explain | None,
     on_whole: Callable[[], None],
+    may_be_empty: bool = True,
 ) -> None:
     """Send the engine's answer on to the client, and close it however this ends.
 
@@ -166,13 +168,18 @@ async def relay(
     still to tell: the client may ask for something else already.
 
     Raises:
+        UpstreamEmpty: it ended without a byte, which `may_be_empty` would have let pass.
         EngineError: the engine broke off or told of an error, before or after `answer`
             started; the caller tells the client.
         UpstreamTimeout: it was silent for longer than it may be.
     """
     try:
         await _relay(
-            response, answer, None if explain is None else partial(_failed, name, explain), on_whole
+            response,
+            answer,
+            None if explain is None else partial(_failed, name, explain),
+            on_whole,
+            None if may_be_empty else partial(_empty, name),
         )
     except UpstreamError as error:
         raise _died(name, error) from error
@@ -185,11 +192,15 @@ async def _relay(
     answer: Answer,
     failed: Callable[[bytes], GatewayError] | None,
     on_whole: Callable[[], None],
+    empty: Callable[[], GatewayError] | None,
 ) -> None:
     """Send the answer on, events whole and each as soon as it is there."""
     kind = (response.header(b"content-type") or b"").lower()
     # One that is compressed, which nobody asked for, cannot be read here and passes as it is.
     events = kind.startswith(EVENT_STREAM) and response.header(b"content-encoding") is None
+    # A stream's headers do not wait for its first event, unless it has ended already.
+    if empty is not None and (not events or response.ended) and not await response.more():
+        raise empty()
     if not answer.started:
         headers = passed_on(response.headers)
         if events:  # [DONE] may end it early, a missing empty line late: no length holds
@@ -199,6 +210,7 @@ async def _relay(
     held = b""
     while await response.more():
         data = response.take()
+        empty = None
         if events:
             data, held = split_events(held + data if held else data)
             data = spaced(data)
@@ -217,8 +229,14 @@ async def _relay(
             await answer.body(data, last=last)
             if last:
                 return
+    if empty is not None:
+        raise empty()
     # The last event may lack the empty line that ends it: a client would wait for it.
     await answer.body(held + b"\n\n" if held else b"", last=True)
+
+
+def _empty(name: str) -> UpstreamEmpty:
+    return UpstreamEmpty(f"{name} answered with nothing at all. Ask again, or see its own log.")
 
 
 def _failed(name: str, explain: Explain, events: bytes) -> GatewayError:

@@ -251,6 +251,14 @@ class Catalog:
             if other.size_bytes < file.size_bytes
         )
 
+    def model_meant(self, name: str) -> ModelFile:
+        """Return the model that a request by `name` alone gets, whether or not it can be served.
+
+        Raises:
+            GatewayError: as for a request by that name.
+        """
+        return self._meant(name, None, self.names())
+
     def models_meant(self, name: str, backend: str | None) -> frozenset[str]:
         """Return the ids of the models that requests by `name` may have loaded.
 
@@ -304,19 +312,23 @@ class Catalog:
         cost = FixedCost(Footprint(engines=0))
         return Route(EngineSpec(key, self._upstreams[name], cost=cost), rest, ttl_s=0)
 
+    def _meant(self, name: str, backend: str | None, names: ModelNames) -> ModelFile:
+        if backend not in (None, "auto"):
+            return names.resolve(name, prefers=_SERVES.get(Backend(backend)))
+        here = Backend.VLLM not in self._unavailable
+        prefers = ModelFormat.SAFETENSORS if here else ModelFormat.GGUF
+        file = names.resolve(name, prefers=prefers)
+        if file.problem is not None:  # a stray file makes no folder of GGUFs useless
+            file = names.resolve(name, prefers=ModelFormat.GGUF)
+        return file
+
     def _choice(self, fields: Routing, names: ModelNames) -> tuple[ModelFile, Backend]:
         """Return which model is meant, and who serves it."""
-        asked = fields.backend or "auto"
-        if asked == "auto":
-            here = Backend.VLLM not in self._unavailable
-            prefers = ModelFormat.SAFETENSORS if here else ModelFormat.GGUF
-            file = names.resolve(fields.model, prefers=prefers)
-            if file.problem is not None:  # a stray file makes no folder of GGUFs useless
-                file = names.resolve(fields.model, prefers=ModelFormat.GGUF)
+        file = self._meant(fields.model, fields.backend, names)
+        if fields.backend in (None, "auto"):
             backend = SERVED_BY[file.format]
         else:
-            backend = Backend(asked)
-            file = names.resolve(fields.model, prefers=_SERVES.get(backend))
+            backend = Backend(fields.backend)
             if file.format is not _SERVES.get(backend):
                 raise self._wrong_format(file, backend, names)
         lack = self._unavailable.get(backend)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from xandrouting.core.model import Backend
 from xandrouting.engines.upstream import backend_of, root_of
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S: Final = 10.0
 ANSWER_S: Final = 5.0  # for all that is asked of it at once
+MEMORY_EVERY_S: Final = 1.0  # at most so often for the sake of requests
+ODD_SHOWN: Final = 5  # of the entries that cannot be read
 
 Look = Callable[[Client], Awaitable[Listing]]
 _LOOKS: Final[Mapping[Backend, Look]] = {
@@ -42,24 +44,49 @@ class Line:
         self._expected = address.expected
         self._failures = 0
         self._is_reachable = False  # its last answer was one, though it may have been of no use
-        self._wanted = asyncio.Event()
+        self._told_odd: Container[str] = ()
+        self._due_at = 0.0  # the next look, by the loop's clock
+        self._memory_at = 0.0  # the last one at its memory
+        self._wanted = asyncio.Event()  # a look is, or one at its memory while it is up
         self._looking = asyncio.Lock()  # else an answer could be followed by an older one
 
     async def watch(self) -> None:
         """Look for ever; cancelling ends it."""
+        look = self.look
         while True:
+            self._wanted.clear()
             try:
-                await self.look()
+                await look()
             except Exception:  # the edge of the task: else it would never be asked again
                 log.exception("upstream look failed upstream=%s", self.name)
                 self._down("its answer could not be read: the server's log has more")
-            wait_s = pause_s(self._failures) if self._failures else LOOK_EVERY_S
-            self._wanted.clear()
+            look = await self._next_look()
+
+    async def _next_look(self) -> Callable[[], Coroutine[Any, Any, None]]:
+        """Wait until there is something to look at; return what does it."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(self._due_at):
+                await self._wanted.wait()
+                if not self.state.available:
+                    return self.look
+                await asyncio.sleep(self._memory_at + MEMORY_EVERY_S - loop.time())
+        except TimeoutError:
+            return self.look
+        return self._look_at_memory
+
+    async def _look_at_memory(self) -> None:
+        """Ask what it runs and nothing else; when it fails, the next look is due."""
+        loop = asyncio.get_running_loop()
+        async with self._looking:
             try:
-                async with asyncio.timeout(wait_s):
-                    await self._wanted.wait()
-            except TimeoutError:
-                pass
+                async with asyncio.timeout(ANSWER_S):
+                    running = await ollama.running(self.client)
+            except (TimeoutError, UpstreamError, Unusable):
+                self._due_at = loop.time()
+                return
+            self._memory_at = loop.time()
+            self.state = replace(self.state, listing=replace(self.state.listing, running=running))
 
     async def look(self) -> None:
         """Ask once, and know the answer."""
@@ -86,9 +113,17 @@ class Line:
         if not self.state.available and not self._is_reachable:
             self._wanted.set()
 
+    def used(self) -> None:
+        """A request was answered: what it holds in memory may be something else now."""
+        if self.state.available and self.state.backend is Backend.OLLAMA:
+            self._wanted.set()
+
     def _up(self, listing: Listing) -> None:
         self._failures = 0
         self._is_reachable = True
+        self._memory_at = asyncio.get_running_loop().time()
+        self._due_at = self._memory_at + LOOK_EVERY_S
+        self._tell_odd(listing.odd)
         if self.state.available:
             self.state = replace(self.state, listing=listing)
             return
@@ -102,8 +137,20 @@ class Line:
             listing.version or "unknown",
         )
 
+    def _tell_odd(self, odd: tuple[str, ...]) -> None:
+        """Log entries that are passed over, each once for as long as it is there."""
+        new = [entry for entry in odd if entry not in self._told_odd]
+        self._told_odd = frozenset(odd)
+        for entry in new[:ODD_SHOWN]:
+            log.warning("upstream entry passed over upstream=%s entry=%s", self.name, entry)
+        if len(new) > ODD_SHOWN:
+            log.warning(
+                "upstream entries passed over upstream=%s more=%d", self.name, len(new) - ODD_SHOWN
+            )
+
     def _down(self, reason: str, *, is_reachable: bool = False) -> None:
         self._failures += 1
+        self._due_at = asyncio.get_running_loop().time() + pause_s(self._failures)
         self._is_reachable = is_reachable
         before = self.state
         if not before.available and before.since is not None:

@@ -21,12 +21,14 @@ from xandrouting.upstreams.openai import (
     MAX_MODELS,
     Name,
     Size,
+    T,
     Unusable,
     decoded,
     get,
 )
 from xandrouting.upstreams.values import Listing, RemoteModel, RunningModel
 
+NAME_CHARACTERS: Final = 100  # of a model's name in a log line
 FOR_EVER_S: Final = 10 * 365 * 86_400.0  # a negative keep_alive is told as a date in 300 years
 
 _JSON: Final = b"content-type: application/json\r\n"
@@ -46,10 +48,6 @@ class _Tag(Struct):
     details: _Details | None = None
 
 
-class _Tags(Struct):
-    models: Annotated[list[_Tag], Meta(max_length=MAX_MODELS)] | None  # Go writes an empty one so
-
-
 class _Process(Struct):
     name: Name
     size: Size
@@ -58,8 +56,12 @@ class _Process(Struct):
     context_length: Size | None = None  # since 0.11
 
 
-class _Processes(Struct):
-    models: Annotated[list[_Process], Meta(max_length=MAX_MODELS)] | None
+class _Listed(Struct):
+    models: Annotated[list[msgspec.Raw], Meta(max_length=MAX_MODELS)] | None  # Go's empty one
+
+
+class _Named(Struct):
+    name: object = None
 
 
 class _Version(Struct):
@@ -70,8 +72,10 @@ class _Said(Struct):
     error: str | None = None
 
 
-_TAGS: Final = msgspec.json.Decoder(_Tags)
-_PROCESSES: Final = msgspec.json.Decoder(_Processes)
+_LISTED: Final = msgspec.json.Decoder(_Listed)
+_NAMED: Final = msgspec.json.Decoder(_Named)
+_TAG: Final = msgspec.json.Decoder(_Tag)
+_PROCESS: Final = msgspec.json.Decoder(_Process)
 _VERSION: Final = msgspec.json.Decoder(_Version)
 _SAID: Final = msgspec.json.Decoder(_Said)
 
@@ -94,15 +98,32 @@ async def look(client: Client) -> Listing:
         Unusable: it answers as no Ollama does.
         UpstreamError: it does not answer, or breaks off.
     """
-    tags = await get(client, b"/api/tags")
-    if tags is None:
+    body = await get(client, b"/api/tags")
+    if body is None:
         raise Unusable("it has no /api/tags: is it another kind of server?")
-    version = await get(client, b"/api/version")
+    tags, odd_tags = _entries(_TAG, body)
+    told = await version(client)
+    processes, odd_processes = await _processes(client)
     return Listing(
-        tuple(_model(tag) for tag in decoded(_TAGS, tags).models or ()),
-        await running(client),
-        None if version is None else decoded(_VERSION, version).version,
+        tuple(_model(tag) for tag in tags),
+        tuple(_running(process) for process in processes),
+        told,
+        odd=(
+            *(f"/api/tags {entry}" for entry in odd_tags),
+            *(f"/api/ps {entry}" for entry in odd_processes),
+        ),
     )
+
+
+async def version(client: Client) -> str | None:
+    """Ask for its version; one older than the call does not tell.
+
+    Raises:
+        Unusable: it answers as no Ollama does.
+        UpstreamError: it does not answer, or breaks off.
+    """
+    body = await get(client, b"/api/version")
+    return None if body is None else decoded(_VERSION, body).version
 
 
 async def running(client: Client) -> tuple[RunningModel, ...]:
@@ -112,10 +133,35 @@ async def running(client: Client) -> tuple[RunningModel, ...]:
         Unusable: it answers as no Ollama does.
         UpstreamError: it does not answer, or breaks off.
     """
+    processes, _ = await _processes(client)
+    return tuple(_running(process) for process in processes)
+
+
+async def _processes(client: Client) -> tuple[list[_Process], list[str]]:
     body = await get(client, b"/api/ps")
-    if body is None:
-        return ()
-    return tuple(_running(process) for process in decoded(_PROCESSES, body).models or ())
+    return ([], []) if body is None else _entries(_PROCESS, body)
+
+
+def _entries(decoder: msgspec.json.Decoder[T], body: bytes) -> tuple[list[T], list[str]]:
+    """Return what a body lists, and of entries that cannot be read which and why.
+
+    Raises:
+        Unusable: it is no list at all.
+    """
+    entries, odd = [], []
+    for raw in decoded(_LISTED, body).models or ():
+        try:
+            entries.append(decoder.decode(raw))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            odd.append(f"{_name_of(raw)}: {error}")
+    return entries, odd
+
+
+def _name_of(raw: msgspec.Raw) -> str:
+    try:
+        return repr(_NAMED.decode(raw).name)[:NAME_CHARACTERS]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return "one without a name"
 
 
 async def set_keep_alive(client: Client, model: str, keep_alive_s: float | None) -> None:

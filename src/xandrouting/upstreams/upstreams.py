@@ -84,27 +84,11 @@ class Upstreams:
             UpstreamUnreachable: no connection could be made now, or a moment ago.
             GatewayError: what `send` raised.
         """
-        line, loop = self._lines[name], asyncio.get_running_loop()
-        open_s = line.circuit.open_s(loop.time())
-        if open_s:
-            raise unreachable(name, line.circuit.reason or "", open_s)
+        line = self._lines[name]
         try:
-            try:
-                answer = await send()
-            except UpstreamUnreachable:
-                await asyncio.sleep(AGAIN_S)
-                answer = await send()
-        except UpstreamUnreachable as error:
-            now = loop.time()
-            cause = error.__cause__
-            reason = str(cause) if isinstance(cause, ConnectError) else error.message
-            line.circuit.failed(reason, now)
-            raise unreachable(name, reason, line.circuit.open_s(now)) from error
-        except GatewayError:
-            line.reached()
-            raise
-        line.reached()
-        return answer
+            return await _reach(line, send)
+        finally:
+            line.used()
 
     # Ollama's memory.
 
@@ -119,8 +103,8 @@ class Upstreams:
         line = self._lines[OLLAMA]
         keep_alive_s = -1 if ttl_s == 0 else ttl_s
         try:
-            await self.reach(
-                OLLAMA,
+            await _reach(
+                line,
                 lambda: _told(ollama.set_keep_alive(line.client, model, keep_alive_s), wait_s),
             )
         except UpstreamTimeout:
@@ -145,8 +129,8 @@ class Upstreams:
         before = await self._running(line, model)
         if before is None:
             return None
-        await self.reach(
-            OLLAMA, lambda: _told(ollama.set_keep_alive(line.client, before.id, 0), ANSWER_S)
+        await _reach(
+            line, lambda: _told(ollama.set_keep_alive(line.client, before.id, 0), ANSWER_S)
         )
         gone = await self._gone(line, model)
         await line.look()
@@ -162,8 +146,32 @@ class Upstreams:
         return True
 
     async def _running(self, line: Line, model: str) -> RunningModel | None:
-        every = await self.reach(OLLAMA, lambda: _told(ollama.running(line.client), ANSWER_S))
+        every = await _reach(line, lambda: _told(ollama.running(line.client), ANSWER_S))
         return next((one for one in every if ollama.is_same(one.id, model)), None)
+
+
+async def _reach(line: Line, send: Callable[[], Awaitable[T]]) -> T:
+    loop = asyncio.get_running_loop()
+    open_s = line.circuit.open_s(loop.time())
+    if open_s:
+        raise unreachable(line.name, line.circuit.reason or "", open_s)
+    try:
+        try:
+            answer = await send()
+        except UpstreamUnreachable:
+            await asyncio.sleep(AGAIN_S)
+            answer = await send()
+    except UpstreamUnreachable as error:
+        now = loop.time()
+        cause = error.__cause__
+        reason = str(cause) if isinstance(cause, ConnectError) else error.message
+        line.circuit.failed(reason, now)
+        raise unreachable(line.name, reason, line.circuit.open_s(now)) from error
+    except GatewayError:
+        line.reached()
+        raise
+    line.reached()
+    return answer
 
 
 def split_name(

@@ -44,11 +44,15 @@ class RunningModel:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a server answered when it was asked for its models."""
+    """What a server answered when it was asked for its models.
+
+    `odd` says which entries of its lists could not be read, and why.
+    """
 
     models: tuple[RemoteModel, ...] = ()
     running: tuple[RunningModel, ...] = ()
     version: str | None = None
+    odd: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
