@@ -105,7 +105,8 @@ def test_failure_and_idle_end_are_noticed(serve_own: Serve) -> None:
     server = serve_own("a", "b")
     with server.events(topics="notice,model") as events:
         begin(server, A)
-        wait_for(server.engines)[0].kill()
+        with held(server, A) as process:
+            process.kill()
         assert model_event(events, A, "failed")["error"]["code"] == "engine_start_failed"
         notice = events.until(lambda kind, _: kind == "notice")
         assert (notice["kind"], notice["model"]) == ("load_failed", A)

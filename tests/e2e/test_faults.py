@@ -20,6 +20,7 @@ from tests.server import (
     Server,
     check_error,
     error_of,
+    held,
     link_or_copy,
     ok,
     starter,
@@ -91,8 +92,8 @@ def test_killed_idle_engine_is_loaded_anew(server: Server) -> None:
 def test_engine_killed_while_it_loads(server: Server) -> None:
     with together(1) as pool:
         asked = pool.submit(server.chat)
-        process = wait_for(server.engines)[0]
-        process.kill()
+        with held(server) as process:
+            process.kill()
         error = error_of(asked.result(10), 503, "engine_start_failed")
     assert error["details"]["reason"] == "killed"
     wait_for(lambda: server.chat().status_code == 200, 20)  # after its back-off

@@ -179,7 +179,7 @@ def test_too_large_is_refused_with_numbers_and_nobody_leaves(serve_own: Serve) -
         }
         assert all(0 < a["host_bytes"] <= 420 * MIB for a in details["alternatives"])
         assert B in error["message"]
-        assert "0.41 GiB" in error["message"]  # the budget
+        assert "420.0 MiB" in error["message"]  # the budget
         with server.stream(model=B, **HUGE) as stream:
             assert stream.response.status_code == 503
         error_of(server.post("/v1/models/load", {"model": B, **HUGE}), 503, "insufficient_memory")
@@ -418,7 +418,7 @@ def test_pins_that_do_not_fit_together(tmp_path: Path) -> None:
     server = Server(models, tmp_path / "data", pinned="a,b,c", ram_budget=TWO_FIT)
     said = server.refuses_to_start()
     assert all(model in said for model in (A, B, C))
-    assert "0.41 GiB" in said
+    assert "420.0 MiB" in said
     assert "Traceback" not in said
     assert server.starts() == 0
 

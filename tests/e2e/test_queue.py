@@ -142,7 +142,8 @@ def test_cancelled_load_in_the_queue_lets_the_next_one_go(serve_own: Serve) -> N
 def test_background_load_that_fails_says_why(serve: Serve) -> None:
     server = serve("a/a.gguf")
     load_id = begin(server, A)["load_id"]
-    wait_for(server.engines)[0].kill()
+    with held(server, A) as process:
+        process.kill()
     wait_for(lambda: job(server, load_id)["state"] == "failed")
     assert job(server, load_id)["error"]["code"] == "engine_start_failed"
     error_of(cancel(server, load_id), 400, "invalid_request")

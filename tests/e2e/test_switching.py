@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.conftest import OTHER, Serve
 from tests.fakes.processes import all_gone
-from tests.server import MODEL, STARTER, Server, chat_body, held, ok, story
+from tests.server import MODEL, STARTER, Server, chat_body, held, ok, story, together
 from tests.waiting import wait_for
 
 LONG = "The sea is wide and deep. " * 60  # more tokens than are parked at least
@@ -102,6 +102,21 @@ def test_a_killed_spare_is_no_harm(serve: Serve) -> None:
     until_spare(server).kill()
     assert ok(server.chat())["choices"]
     wait_for(lambda: len(spares(server)) == 1)
+
+
+def test_a_spare_that_dies_as_it_is_taken_is_no_harm(serve: Serve) -> None:
+    server = serve()
+    spare = until_spare(server)
+    spare.suspend()  # it cannot follow its order
+    with together(1) as pool:
+        asked = pool.submit(server.chat)
+        wait_for(server.engines)
+        spare.kill()
+        answer = asked.result(20)
+    assert ok(answer)["choices"]
+    assert answer.headers["x-xandrouting-engine"].startswith("llamacpp/cpu#1")
+    assert "spare ended as it was taken" in server.log()
+    assert server.engine().process.pid != spare.pid
 
 
 def test_without_spares_there_are_none(serve: Serve) -> None:

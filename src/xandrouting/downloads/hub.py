@@ -27,6 +27,7 @@ from xandrouting.core.errors import (
     RevisionNotFound,
 )
 from xandrouting.downloads.jobs import Package, RemoteFile
+from xandrouting.downloads.mover_proxies import UnusableProxy, proxy_before
 from xandrouting.downloads.urls import is_repo_id
 
 if TYPE_CHECKING:  # the library takes 0.3 s and 30 MB: it is loaded when it is used
@@ -148,22 +149,40 @@ def _look(endpoint: str, token: str | None, repo_id: str, revision: str | None) 
 
     if constants.is_offline_mode():
         raise _Unreachable("HF_HUB_OFFLINE is set")
-    api = _api(endpoint, token)
+    proxy = _proxy_before(endpoint)
+    behind = "" if proxy is None else f" through the proxy at {proxy}"
     try:
+        api = _api(endpoint, token)
         _check_access(api, repo_id)
         info = api.model_info(
             repo_id, revision=revision, files_metadata=True, timeout=CALL_TIMEOUT_S
         )
         return _repository(repo_id, info, _files(api, repo_id, info))
     except errors.HfHubHTTPError as error:
+        if proxy is not None and error.response.status_code == 407:
+            why = f"the proxy at {proxy} wants a user name and password that it knows (407)"
+            raise _Unreachable(why) from error
         raise _in_our_words(error, endpoint, repo_id, revision, has_token=bool(token)) from error
     except httpx2.TimeoutException as error:
-        raise _Unreachable(f"no answer in {CALL_TIMEOUT_S:.0f} s") from error
+        raise _Unreachable(f"no answer in {CALL_TIMEOUT_S:.0f} s{behind}") from error
+    except ImportError as error:  # the client is made for every proxy there is, used or not
+        raise _Unreachable("ALL_PROXY names a SOCKS proxy: set it to an http:// one") from error
+    except httpx2.ProxyError as error:  # its answer to CONNECT
+        raise _Unreachable(f"the proxy at {proxy} refuses ({error})") from error
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        raise _Unreachable("no connection") from error
+        raise _Unreachable(f"no connection{behind}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         # Whatever the library makes of an answer that is none of a hub.
         raise _Unreachable("it does not answer as a hub does") from error
+
+
+def _proxy_before(endpoint: str) -> str | None:
+    """Return the name of the proxy that the hub is behind, for bytes too."""
+    try:
+        proxy = proxy_before(urlsplit(endpoint))
+    except UnusableProxy as error:
+        raise _Unreachable(str(error)) from None
+    return None if proxy is None else proxy.name
 
 
 @functools.cache

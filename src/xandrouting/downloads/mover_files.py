@@ -402,8 +402,8 @@ def check_free(order: Order, file: File) -> None:
         if not ours and os.path.lexists(order.target / path):
             raise Failed(
                 "destination_occupied",
-                f"The folder {order.target.name!r} has another {path[:100]!r} than the hub. Move it "
-                "away and resume: every byte is kept.",
+                f"The folder {order.target.name!r} has another {path[:100]!r} than the hub. Move "
+                "it away and resume: every byte is kept.",
             )
 
 

@@ -286,14 +286,14 @@ class Place:
     def on_disk(self, job_id: str, order: Order, left: Leftovers = NO_LEFTOVERS) -> dict[str, int]:
         """Return how many bytes of each file are there: in parts, left by others, published."""
         job, target = self._job(job_id), self._base() / order.destination
+        packed = () if order.package is None else (order.package.sha256,)
         found = {}
         for file in order.files:
-            content = content_of(file)
+            contents = (content_of(file), *packed)
             sizes = (
                 _size(job / TREE / file.path),
-                _size(job / PARTS / content),
-                None if order.package is None else _size(job / PARTS / order.package.sha256),
-                left[content].size if content in left else None,
+                *(_size(job / PARTS / content) for content in contents),
+                *(left[content].size for content in contents if content in left),
                 _size(target / file.path),
             )
             size = next((size for size in sizes if size is not None), 0)
