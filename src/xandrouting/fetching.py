@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from xandrouting.core.errors import GatewayError
 from xandrouting.downloads.courier import Courier
 from xandrouting.downloads.downloads import Downloads, Wanted
 from xandrouting.downloads.hub import Hub
+from xandrouting.downloads.jobs import ENDED
 from xandrouting.downloads.movers import Wiring
 from xandrouting.downloads.packaged import STARTER, HubOrPackage
 from xandrouting.downloads.place import Place
@@ -56,20 +58,25 @@ def build_downloads(
     )
 
 
-STARTER_MODEL = Wanted(
-    f"{STARTER.repo_id}:Q4_1", revision=STARTER.commit, destination="smollm2-135m-instruct"
+STARTER_FOLDER: Final = "smollm2-135m-instruct"
+STARTER_MODEL: Final = Wanted(
+    f"{STARTER.repo_id}:Q4_1", revision=STARTER.commit, destination=STARTER_FOLDER
 )
 
 
 async def fetch_starter(downloads: Downloads, inventory: Inventory) -> None:
-    """Download the starter model if no model is here, and return when that has ended."""
-    snapshot = await inventory.refresh()
-    if snapshot.models:
+    """Download the starter model if no model is here or on its way; return when that has ended."""
+    # A first scan that takes long has found one already, if there is one.
+    if inventory.snapshot.models or (await inventory.refresh()).models:
+        return
+    unfinished = [view.job for view in downloads.views() if view.job.state not in ENDED]
+    if any(job.order.destination != STARTER_FOLDER for job in unfinished):
         return
     log.info("no model here: the starter model is downloaded repo=%s", STARTER.repo_id)
     try:
-        view = await downloads.submit(STARTER_MODEL)
-        failure = (await downloads.until_settled(view.job.id)).job.failure
+        # One of an earlier start goes on by itself, or was paused and stays so.
+        job = unfinished[0] if unfinished else (await downloads.submit(STARTER_MODEL)).job
+        failure = (await downloads.until_settled(job.id)).job.failure
     except GatewayError as error:
         log.warning("starter model not downloaded code=%s %s", error.code, error.message)
     else:

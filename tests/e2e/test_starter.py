@@ -12,8 +12,18 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.fakes.hub import Hub, Slow
-from tests.fetching import MIB, inventory, movers, until
+from tests.fakes.hub import Hub, Slow, Stall
+from tests.fetching import (
+    MIB,
+    WEIGHTS,
+    add_big,
+    ask,
+    inventory,
+    movers,
+    pause,
+    until,
+    until_bytes,
+)
 from tests.server import MODEL, STARTER, Server, clean_environment, ok, starter
 from tests.waiting import wait_for
 from xandrouting.downloads.packaged import STARTER as PACKAGED
@@ -54,6 +64,30 @@ def test_it_is_there_when_the_server_is_ready(empty: Mapping[str, Path], hub: Hu
 def test_where_there_is_a_model_none_is_fetched(serve: Serve, hub: Hub) -> None:
     server = serve("mine/mine.gguf", starter=True, hf_endpoint=hub.url)
     assert ok(server.get("/v1/models/download"))["total"] == 0
+
+
+def test_it_is_not_fetched_while_another_comes(empty: Mapping[str, Path], hub: Hub) -> None:
+    add_big(hub, "Org/Large")
+    hub.fault(f"Org/Large/{WEIGHTS}", Stall(MIB), times=None)
+    with Server(**empty, hf_endpoint=hub.url, max_downloads=1) as server:
+        job = ask(server, "Org/Large")
+        until_bytes(server, job["job_id"], MIB)
+    with Server(**empty, starter=True, hf_endpoint=hub.url, max_downloads=1) as server:
+        [there] = ok(server.get("/v1/models/download"))["downloads"]
+        assert there["job_id"] == job["job_id"]
+    hub.heal()
+
+
+def test_it_stays_paused(empty: Mapping[str, Path], hub: Hub) -> None:
+    hub.fault(f"{REPO}/{FILE}", Stall(MIB), times=None)
+    with Server(**empty, hf_endpoint=hub.url) as server:
+        url, revision = f"{REPO}:Q4_1", PACKAGED.commit
+        job = ask(server, url, revision=revision, destination=FOLDER)
+        pause(server, job["job_id"])
+    hub.heal()
+    with Server(**empty, starter=True, hf_endpoint=hub.url) as server:
+        [there] = ok(server.get("/v1/models/download"))["downloads"]
+        assert (there["job_id"], there["status"]) == (job["job_id"], "paused")
 
 
 def test_the_server_is_ready_without_it(empty: Mapping[str, Path]) -> None:
