@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
 import httpx2
 import psutil
 
-from tests.fakes.processes import all_gone, is_gone
+from tests.fakes.processes import all_gone, is_gone, paused
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -339,9 +340,12 @@ class Stream:
         self._lines = response.iter_lines()
 
     def __iter__(self) -> Iterator[str]:
-        """Yield what stands behind each `data: `."""
+        """Yield what stands behind each `data: `.
+
+        llama.cpp writes an empty comment whenever a second brought no token.
+        """
         for line in self._lines:
-            if line:
+            if line not in ("", ":"):
                 assert line.startswith("data: "), line
                 yield line.removeprefix("data: ")
 
@@ -387,6 +391,12 @@ class Events:
             seen.append((kind, data.get("event") or data.get("kind")))
             assert time.monotonic() < deadline, f"not among {seen}"
         raise AssertionError(f"the stream ended: {seen}")
+
+
+def when(text: str) -> float:
+    """Return the wall time of a time as the server tells it."""
+    assert text.endswith("Z")
+    return datetime.fromisoformat(text).timestamp()
 
 
 def is_engine(process: psutil.Process) -> bool:
@@ -457,12 +467,8 @@ def held(server: Server, model: str = MODEL) -> Iterator[psutil.Process]:
     """
     [process] = wait_for(lambda: server.engines(model), 10)
     wait_for(lambda: process.memory_info().rss > HELD_BYTES)
-    process.suspend()
-    try:
+    with paused(process):
         yield process
-    finally:
-        if not is_gone(process):
-            process.resume()
 
 
 @contextmanager

@@ -96,6 +96,7 @@ class Gateway:
             min_residency_s=settings.min_residency_s,
         )
         self._engines, keys = engines, settings.upstream_keys
+        self._lacks_pinned = False  # what was pinned by the settings was no model, or not yet
         self.upstreams = Upstreams(addresses(settings))
         self._local = node
         self._external = ExternalLauncher()
@@ -149,7 +150,7 @@ class Gateway:
             autoload=settings.models_autoload,
         )
         self.loads = Loads(self.inference, self.pool)
-        self._preloads = Preloads(self.loads, self.upstreams, wait_s=settings.max_load_wait_s)
+        self.preloads = Preloads(self.loads, self.upstreams, wait_s=settings.max_load_wait_s)
         self.downloads = build_downloads(
             models_dir=settings.models_dir,
             data_dir=settings.data_dir,
@@ -215,7 +216,7 @@ class Gateway:
     async def __aexit__(self, *_: object) -> None:
         self.close_streams()
         await self.downloads.aclose()
-        await self._preloads.aclose()
+        await self.preloads.aclose()
         await self.loads.aclose()
         await self.upstreams.aclose()
         await self.pool.aclose()
@@ -229,11 +230,13 @@ class Gateway:
         """Download the starter model if the settings say so and no model is here."""
         if self._settings.starter:
             await fetching.fetch_starter(self.downloads, self.inventory)
+            if self._lacks_pinned:  # it may be the one
+                self._pin()
 
     async def preload(self) -> None:
         """Begin to load what the settings name; what fails is logged and nothing else."""
         pinned = self._settings.pinned
-        await self._preloads.begin((*pinned, *self._settings.preload), pinned=pinned)
+        await self.preloads.begin((*pinned, *self._settings.preload), pinned=pinned)
 
     def serves(self, model: ModelFile) -> bool:
         """Whether a request for this model could be answered as it is by default."""
@@ -255,10 +258,12 @@ class Gateway:
             CannotStart: together they are larger than what engines may take.
         """
         specs: list[EngineSpec] = []
+        self._lacks_pinned = False
         for name in self._settings.pinned:
             try:
                 specs.append(self.catalog.route(LoadRequest(model=name)).spec)
             except GatewayError as error:
+                self._lacks_pinned = True
                 log.warning("pin ignored model=%s %s", name, error.message)
         together = self._scheduler.fit_together(specs)
         if not together.fits:

@@ -135,7 +135,9 @@ async def _serve(
         log.info("server stopping grace_s=%.0f", settings.shutdown_grace_s)
         # Together: while a mover ends, nothing new is let in either.
         await asyncio.gather(
-            gateway.pool.drain(settings.shutdown_grace_s), gateway.downloads.aclose()
+            gateway.pool.drain(settings.shutdown_grace_s),
+            gateway.downloads.aclose(),
+            gateway.preloads.aclose(),
         )
         gateway.close_streams()
         server.should_exit = True

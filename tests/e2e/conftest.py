@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.fakes.processes import paused
 from tests.server import STARTER, Server, link_or_copy, models_dir, ok, starter
+from tests.waiting import wait_for
 
 OTHER = "/models/other/other.gguf"
 
@@ -74,3 +77,15 @@ def server(module_server: Server) -> Iterator[Server]:
     before = len(module_server.log())
     yield module_server
     print(module_server.log()[before:], file=sys.stderr)
+
+
+@contextmanager
+def paused_spare(server: Server) -> Iterator[psutil.Process]:
+    """Stop the process that waits for the next load, so that this does not begin in the block.
+
+    Nothing may be loaded.
+    """
+    wait_for(lambda: len(server.runners()) == 1)
+    [spare] = server.runners()
+    with paused(spare):
+        yield spare

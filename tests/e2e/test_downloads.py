@@ -415,6 +415,11 @@ def test_the_models_directory_may_be_missing_or_a_file(
     answer = server.post("/v1/models/download", {"url": "Org/Tiny-GGUF"})
     error_of(answer, 503, "models_dir_unusable")
     assert ok(server.get("/health"))
+    assert "downloads will be refused" not in server.log()
+    server.stop()
+    server.start()
+    assert "downloads will be refused: Nothing can be downloaded into the" in server.log()
+    assert ok(server.get("/v1/models"))["data"] == []
 
 
 def test_the_router_s_own_form(server: Server, hub: Hub) -> None:

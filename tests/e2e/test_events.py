@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.server import Events, Server, error_of, held, ok, story, together
+from tests.server import Events, Server, error_of, held, ok, story, together, when
 from tests.waiting import wait_for
 
 A, B, C = (f"/models/{name}/{name}.gguf" for name in "abc")
@@ -37,7 +37,7 @@ def test_snapshot_comes_first(serve_own: Serve) -> None:
         assert (kind, data["loaded"]) == ("snapshot", [])
         [host] = data["system"]["devices"]
         assert (host["device"], host["budget_bytes"]) == ("host", 300 << 20)
-        assert data["now"] == pytest.approx(time.time(), abs=5)
+        assert when(data["now"]) == pytest.approx(time.time(), abs=5)
     server.load(A, **SMALL)
     with server.events() as events:
         kind, data = next(iter(events))
@@ -70,6 +70,8 @@ def test_load_is_told_from_its_start_to_its_end(serve_own: Serve) -> None:
             assert gauge["devices"][0]["reserved_bytes"] > 100 << 20
         ready = model_event(events, A, "ready")
         assert (ready["state"], ready["load_seconds"] > 0) == ("ready", True)
+        times = [starting["at"], gauge["at"], ready["at"]]
+        assert sorted(times, key=when) == times
         assert "progress" not in ready
         ok(server.unload(A))
         stopping = model_event(events, A, "stopping")
@@ -238,18 +240,21 @@ def test_clients_that_leave_are_forgotten(serve: Serve) -> None:
 def test_many_listen_at_once(serve: Serve) -> None:
     server = serve("a/a.gguf")
 
+    heard: list[str] = []  # a snapshot each, until the load begins
+
     def listen() -> list[str]:
         told = []
         with server.events(topics="model") as events:
             for kind, data in events:
                 told.append(data["event"] if kind == "model" else kind)
+                heard.append(kind)
                 if told[-1] == "ready":
                     return told
         raise AssertionError(told)
 
     with together(50) as pool:
         listening = [pool.submit(listen) for _ in range(50)]
-        wait_for(lambda: len(server.process.net_connections()) >= 51)
+        wait_for(lambda: len(heard) == 50, 20)
         begin(server, A)
         for one in listening:
             told = one.result(20)

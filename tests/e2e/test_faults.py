@@ -68,12 +68,12 @@ def test_killed_engine_and_a_plain_answer(server: Server) -> None:
     engine = server.engine(MODEL)
     starts = server.starts()
     with together(1) as pool:
-        asked = pool.submit(server.chat, "A story.", max_tokens=60, ignore_eos=True)
+        asked = pool.submit(server.chat, "A story.", max_tokens=200, ignore_eos=True)
         wait_for(engine.busy)
         engine.process.kill()
         answer = asked.result(20)
     if answer.status_code == 200:
-        assert answer.json()["usage"]["completion_tokens"] == 60
+        assert answer.json()["usage"]["completion_tokens"] == 200
         assert answer.headers["x-xandrouting-load"].startswith("cold")
         assert server.starts() == starts + 1
     else:

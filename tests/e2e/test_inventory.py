@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.conftest import Serve
 from tests.fakes.gguf_writer import write_gguf
 from tests.fakes.safetensors_writer import LFS_POINTER, write_folder
-from tests.server import MODEL, STARTER, Server, link_or_copy, models_dir, ok, starter
+from tests.server import MODEL, STARTER, Server, error_of, link_or_copy, models_dir, ok, starter
 from tests.waiting import wait_for
 
 SOON_S = 2.0
@@ -109,6 +109,8 @@ def test_what_is_damaged_is_listed_with_why(damaged: Server, name: str) -> None:
     assert not item["is_loaded"]
     assert item["size"] >= 0
     assert f"/models/bad/{name}" not in ids(damaged)
+    error = error_of(damaged.get(f"/v1/models/bad/{name}"), 404, "model_not_found")
+    assert BAD[name][1] in error["message"]
 
 
 TEMPLATE = {"tokenizer.chat_template": "{% if tools %}{{ tools }}{% endif %}{{ messages }}"}

@@ -17,8 +17,16 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.conftest import Serve
-from tests.server import MODEL, EngineProcess, Server, chat_body, models_dir, ok, together
+from tests.e2e.conftest import Serve, paused_spare
+from tests.server import (
+    MODEL,
+    EngineProcess,
+    Server,
+    chat_body,
+    models_dir,
+    ok,
+    together,
+)
 from tests.waiting import wait_for
 
 ADDED_S = 0.5
@@ -205,13 +213,11 @@ def descriptors(server: Server) -> int:
 @pytest.mark.parametrize("stream", [True, False])
 def test_leaving_while_the_model_loads(server: Server, stream: bool) -> None:
     """The lease is given up; the load goes on, and serves the next."""
-    with client_of(server, stream=stream) as client:
-        process = wait_for(server.engines)[0]
-        process.suspend()
+    with paused_spare(server), client_of(server, stream=stream) as client:
+        wait_for(server.engines)
         wait_for(lambda: server.stats()["queued_requests"] == 1)
         client.leave()
         wait_for(nothing_left(server), 0.5)
-        process.resume()
     wait_for(lambda: [item["state"] for item in server.loaded()] == ["ready"], 10)
     wait_for(lambda: client_connections(server) == 0)
     assert server.chat().headers["x-xandrouting-load"] == "hit"

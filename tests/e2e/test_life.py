@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from datetime import datetime
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.e2e.conftest import OTHER, Serve
+from tests.e2e.conftest import OTHER, Serve, paused_spare
 from tests.fakes.processes import all_gone, is_gone
 from tests.server import (
     MODEL,
@@ -26,6 +25,7 @@ from tests.server import (
     starter,
     story,
     together,
+    when,
 )
 from tests.waiting import wait_for
 
@@ -37,11 +37,6 @@ def items(server: Server, model: str = MODEL) -> list[dict[str, Any]]:
 def item_of(server: Server, model: str = MODEL) -> dict[str, Any]:
     [item] = items(server, model)
     return item
-
-
-def when(text: str) -> float:
-    assert text.endswith("Z")
-    return datetime.fromisoformat(text).timestamp()
 
 
 # Load and unload.
@@ -410,13 +405,11 @@ def test_long_wait_is_told_in_comments(serve: Serve) -> None:
     """A stream that waits gets its headers and comments; then its answer, or one error."""
     server = serve(keepalive_after_s=0.2)
     with together(1) as pool:
-        asked = pool.submit(stream_lines, server)
-        process = wait_for(server.engines)[0]
-        process.suspend()
-        wait_for(lambda: server.stats()["queued_requests"] == 1)
-        wait_for(lambda: process.status() == psutil.STATUS_STOPPED)
-        time.sleep(1.5)  # what is tested is that time passes
-        process.resume()
+        with paused_spare(server) as process:
+            asked = pool.submit(stream_lines, server)
+            wait_for(lambda: server.stats()["queued_requests"] == 1)
+            wait_for(lambda: process.status() == psutil.STATUS_STOPPED)
+            time.sleep(1.5)  # what is tested is that time passes
         headers, lines = asked.result(20)
     assert headers["content-type"] == "text/event-stream"
     assert [line for line in lines if line.startswith(": loading")]
@@ -426,10 +419,8 @@ def test_long_wait_is_told_in_comments(serve: Serve) -> None:
 
 def test_stalled_load_is_ended(serve: Serve) -> None:
     server = serve(load_stall_s=1, keepalive_after_s=0.2)
-    with together(1) as pool:
+    with together(1) as pool, paused_spare(server) as process:
         asked = pool.submit(stream_lines, server)
-        process = wait_for(server.engines)[0]
-        process.suspend()
         _, lines = asked.result(20)
     errors = [line for line in lines if line.startswith("data: ")]
     assert len(errors) == 1

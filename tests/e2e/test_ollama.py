@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ import pytest
 from tests.e2e.conftest import Serve
 from tests.e2e.test_upstream import free_port, models, up
 from tests.fakes.ollama import GIB, Ollama, ollama
+from tests.fakes.processes import paused
 from tests.fakes.web import web
 from tests.server import MODEL, Server, deltas, error_of, models_dir, ok
 from tests.waiting import wait_for
@@ -281,6 +283,34 @@ def test_the_end_waits_for_no_preload(serve: Serve) -> None:
         began = time.monotonic()
         server.close()
         assert time.monotonic() - began < 10.0
+
+
+def test_nothing_more_is_preloaded_once_the_server_stops(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+    names = {"llama3.2:latest": GIB, "qwen2.5:7b": GIB}
+    with ollama(models=names) as slow:
+        load = slow._load
+
+        def load_slowly(name: str, keep_alive_s: float | None = None) -> None:
+            goes_on.wait(30)
+            load(name, keep_alive_s)
+
+        monkeypatch.setattr(slow, "_load", load_slowly)
+        server = serve(ollama_base_url=slow.url, preload="ollama/llama3.2,ollama/qwen2.5:7b")
+        wait_for(lambda: slow.web.posts())
+        with server.stream("A story.", model=MODEL, max_tokens=200, ignore_eos=True) as stream:
+            stream.first()
+            [engine] = server.engines(MODEL)
+            with paused(engine):
+                server.signal()
+                wait_for(lambda: "server stopping" in server.log())
+                goes_on.set()
+                wait_for(lambda: slow.running)
+            assert stream.rest()[-1] == "[DONE]"
+        assert server.wait(10) == 0
+        assert [asked.json["model"] for asked in slow.web.posts()] == ["llama3.2"]
 
 
 def test_pin_by_wish_is_answered_with_what_does_it(server: Server) -> None:

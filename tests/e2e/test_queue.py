@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.fakes.processes import is_gone
+from tests.fakes.processes import is_gone, paused
 from tests.server import (
     Server,
     chat_body,
@@ -129,11 +129,12 @@ def test_cancelled_load_goes_on_for_a_request_that_waits(serve: Serve) -> None:
 def test_cancelled_load_in_the_queue_lets_the_next_one_go(serve_own: Serve) -> None:
     server = serve_own("a", "b", "c", ram_budget=ONE_FITS, fair_wait_s=60)
     with story(server, A, **SMALL) as stream:
-        first, second = begin(server, B), begin(server, C)
-        assert (first["state"], first["queue_position"]) == ("queued", 0)
-        assert (second["state"], second["queue_position"]) == ("queued", 1)
-        assert ok(cancel(server, first["load_id"]))["state"] == "cancelled"
-        assert job(server, second["load_id"])["queue_position"] == 0
+        with paused(server.engine(A).process):
+            first, second = begin(server, B), begin(server, C)
+            assert (first["state"], first["queue_position"]) == ("queued", 0)
+            assert (second["state"], second["queue_position"]) == ("queued", 1)
+            assert ok(cancel(server, first["load_id"]))["state"] == "cancelled"
+            assert job(server, second["load_id"])["queue_position"] == 0
         assert stream.rest()[-1] == "[DONE]"
     wait_for(lambda: job(server, second["load_id"])["state"] == "ready", 20)
     assert start_order(server) == [A, C]
@@ -177,7 +178,7 @@ def test_stream_is_told_how_far_the_load_is(serve: Serve) -> None:
         told = next(line for line in lines if re.fullmatch(r": loading \d+%", line))
         assert 0 < int(told.removeprefix(": loading ").rstrip("%")) < 100
         process.resume()
-        rest = [line for line in lines if line]
+        rest = [line for line in lines if line not in ("", ":")]
     assert all(line.startswith((": loading", "data: ")) for line in rest), rest
     assert rest[-1] == "data: [DONE]"
     assert server.starts() == 1
@@ -190,7 +191,7 @@ def test_stream_in_the_queue_is_told_so(serve_own: Serve) -> None:
         lines = stream.response.iter_lines()
         assert next(line for line in lines if line) == ": queued behind 0"
         assert busy.rest()[-1] == "[DONE]"
-        rest = [line for line in lines if line]
+        rest = [line for line in lines if line not in ("", ":")]
     assert all(line.startswith((": loading", ": queued", "data: ")) for line in rest), rest
     assert rest[-1] == "data: [DONE]"
 
@@ -254,15 +255,16 @@ def test_known_load_time_tells_the_seconds_left(serve: Serve) -> None:
 def test_wait_for_a_place_is_bounded(serve_own: Serve) -> None:
     server = serve_own("a", "b", ram_budget=ONE_FITS, max_queue_wait_s=0.5, fair_wait_s=60)
     with story(server, A, max_tokens=150, **SMALL) as busy:
-        asked = time.monotonic()
-        answer = chat(server, B)
-        error = error_of(answer, 503, "queue_timeout")
-        assert 0.5 <= time.monotonic() - asked < 2
-        assert int(answer.headers["retry-after"]) > 0
-        assert B in error["message"]
-        with server.stream(model=B, **SMALL) as stream:
-            assert stream.response.status_code == 503
-        assert queued(server) == 0
+        with paused(server.engine(A).process):
+            asked = time.monotonic()
+            answer = chat(server, B)
+            error = error_of(answer, 503, "queue_timeout")
+            assert 0.5 <= time.monotonic() - asked < 2
+            assert int(answer.headers["retry-after"]) > 0
+            assert B in error["message"]
+            with server.stream(model=B, **SMALL) as stream:
+                assert stream.response.status_code == 503
+            assert queued(server) == 0
         assert busy.rest()[-1] == "[DONE]"
     assert (server.starts(), states(server)) == (1, {A: "ready"})
     assert ok(chat(server, B))
@@ -295,9 +297,10 @@ def test_first_come_first_served_and_one_model_together(serve_own: Serve) -> Non
     server = serve_own("a", "b", "c", ram_budget=ONE_FITS, fair_wait_s=60, min_residency_s=0)
     with story(server, A, **SMALL) as busy, together(4) as pool:
         asked = []
-        for count, model in enumerate((C, B, C, B), 1):
-            asked.append(pool.submit(chat, server, model))
-            wait_for(lambda c=count: queued(server) == c)
+        with paused(server.engine(A).process):
+            for count, model in enumerate((C, B, C, B), 1):
+                asked.append(pool.submit(chat, server, model))
+                wait_for(lambda c=count: queued(server) == c)
         assert busy.rest()[-1] == "[DONE]"
         assert all(ok(answer) for answer in results(asked))
     assert start_order(server) == [A, C, B]
@@ -308,11 +311,12 @@ def test_smaller_one_behind_does_not_pass_the_first(serve_own: Serve) -> None:
     server = serve_own("a", "b", "c", ram_budget="420MiB", fair_wait_s=60, min_residency_s=0)
     large = {"n_ctx": 4096, "n_parallel": 2}  # some 350 MiB
     with story(server, A, **SMALL) as busy, together(2) as pool:
-        first = pool.submit(chat, server, B, **large)
-        wait_for(lambda: queued(server) == 1)
-        second = pool.submit(chat, server, C)
-        wait_for(lambda: queued(server) == 2)
-        assert server.starts() == 1
+        with paused(server.engine(A).process):
+            first = pool.submit(chat, server, B, **large)
+            wait_for(lambda: queued(server) == 1)
+            second = pool.submit(chat, server, C)
+            wait_for(lambda: queued(server) == 2)
+            assert server.starts() == 1
         assert busy.rest()[-1] == "[DONE]"
         assert all(ok(answer) for answer in results([first, second]))
     assert start_order(server) == [A, B, C]
@@ -321,9 +325,10 @@ def test_smaller_one_behind_does_not_pass_the_first(serve_own: Serve) -> None:
 def test_waiting_client_that_leaves_is_out_of_the_queue(serve_own: Serve) -> None:
     server = serve_own("a", "b", "c", ram_budget=ONE_FITS, fair_wait_s=60)
     with story(server, A, **SMALL) as busy:
-        with pytest.raises(httpx2.ReadTimeout):
-            server.post("/v1/chat/completions", chat_body(model=B, **SMALL), timeout=0.3)
-        wait_for(lambda: queued(server) == 0)
+        with paused(server.engine(A).process):
+            with pytest.raises(httpx2.ReadTimeout):
+                server.post("/v1/chat/completions", chat_body(model=B, **SMALL), timeout=0.3)
+            wait_for(lambda: queued(server) == 0)
         assert busy.rest()[-1] == "[DONE]"
     assert start_order(server) == [A]
 

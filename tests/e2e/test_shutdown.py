@@ -10,9 +10,16 @@ import httpx2
 import psutil
 import pytest
 
-from tests.e2e.conftest import Serve
-from tests.fakes.processes import all_gone, is_gone
-from tests.server import MODEL, Server, check_error, error_of, ok, together
+from tests.e2e.conftest import Serve, paused_spare
+from tests.fakes.processes import all_gone, is_gone, paused
+from tests.server import (
+    MODEL,
+    Server,
+    check_error,
+    error_of,
+    ok,
+    together,
+)
 from tests.waiting import wait_for
 
 STORY = {"text": "Tell me a long story.", "ignore_eos": True}
@@ -39,14 +46,16 @@ def test_running_stream_ends_normally_and_new_work_is_refused(serve: Serve) -> N
     server = serve()
     with server.stream(max_tokens=80, **STORY) as stream:
         stream.first()
+        [engine] = server.engines()
         tree = server.everything()
-        server.signal()
-        wait_for(lambda: "server stopping" in server.log())
-        refused = server.chat()
-        error_of(refused, 503, "shutting_down")
-        assert int(refused.headers["retry-after"]) > 0
-        error_of(server.post("/v1/models/load", {"model": MODEL}), 503, "shutting_down")
-        assert server.get("/health").status_code == 200
+        with paused(engine):  # it would be at its end before all is asked
+            server.signal()
+            wait_for(lambda: "server stopping" in server.log())
+            refused = server.chat()
+            error_of(refused, 503, "shutting_down")
+            assert int(refused.headers["retry-after"]) > 0
+            error_of(server.post("/v1/models/load", {"model": MODEL}), 503, "shutting_down")
+            assert server.get("/health").status_code == 200
         *chunks, done = stream.rest()
     assert done == "[DONE]"
     assert not any("error" in json.loads(chunk) for chunk in chunks)
@@ -59,10 +68,10 @@ def test_running_plain_answer_ends_normally(serve: Serve) -> None:
     server.load()
     engine = server.engine()
     with together(1) as pool:
-        asked = pool.submit(server.chat, max_tokens=40, **STORY)
+        asked = pool.submit(server.chat, max_tokens=200, **STORY)
         wait_for(engine.busy)
         server.signal()
-        assert ok(asked.result(20))["usage"]["completion_tokens"] == 40
+        assert ok(asked.result(20))["usage"]["completion_tokens"] == 200
     assert server.wait(5) == 0
 
 
@@ -83,10 +92,9 @@ def test_stream_that_outlasts_the_grace_ends_with_an_error(serve: Serve) -> None
 
 def test_signal_while_a_model_loads(serve: Serve) -> None:
     server = serve()
-    with together(1) as pool:
+    with together(1) as pool, paused_spare(server):
         asked = pool.submit(server.chat)
-        process = wait_for(server.engines)[0]
-        process.suspend()
+        wait_for(server.engines)
         tree = server.everything()
         server.signal()
         error_of(asked.result(5), 503, "shutting_down")

@@ -61,6 +61,12 @@ def test_it_is_there_when_the_server_is_ready(empty: Mapping[str, Path], hub: Hu
         assert len(ok(server.get("/v1/models/download"))["downloads"]) == 1
 
 
+def test_it_may_be_pinned_before_it_is_there(empty: Mapping[str, Path], hub: Hub) -> None:
+    with Server(**empty, starter=True, pinned=FOLDER, hf_endpoint=hub.url) as server:
+        wait_for(lambda: [item["state"] for item in server.loaded()] == ["ready"], 10)
+        assert [(item["path"], item["pinned"]) for item in server.loaded()] == [(MODEL, True)]
+
+
 def test_where_there_is_a_model_none_is_fetched(serve: Serve, hub: Hub) -> None:
     server = serve("mine/mine.gguf", starter=True, hf_endpoint=hub.url)
     assert ok(server.get("/v1/models/download"))["total"] == 0

@@ -346,7 +346,7 @@ def test_an_engine_that_hangs_leaves_without_its_conversation(serve: Serve) -> N
 
 def test_files_are_read_while_a_busy_engine_drains(serve: Serve) -> None:
     server = serve(*NAMES, max_loaded=1, log_level="debug", min_residency_s=0, fair_wait_s=0.5)
-    with story(server, MODEL) as stream:
+    with story(server, MODEL, max_tokens=2000) as stream:  # the block's end ends it
         stream.first()
         answer = server.post("/v1/models/load", {"model": OTHER, "wait": False})
         ok(answer, 202)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,3 +56,14 @@ def is_gone(process: psutil.Process) -> bool:
 
 def all_gone(processes: Iterable[psutil.Process]) -> Callable[[], bool]:
     return lambda: all(is_gone(process) for process in processes)
+
+
+@contextmanager
+def paused(process: psutil.Process) -> Iterator[psutil.Process]:
+    """Stop a process for as long as the block, or until the test lets it go on or ends it."""
+    process.suspend()
+    try:
+        yield process
+    finally:
+        if not is_gone(process):
+            process.resume()

@@ -132,6 +132,12 @@ async def test_a_hub_in_trouble(
     assert len(hub.requests()) == 1  # nothing is tried again
 
 
+async def test_a_hub_that_wants_to_be_left_alone_for_ever() -> None:
+    with web(lambda call, _: call.say(429, **{"retry-after": "9" * 400})) as server:
+        caught = await refused(Client(server.url), "o/n")
+    assert (type(caught), caught.retry_after_s) == (HubUnreachable, hub_module.MAX_RETRY_S)
+
+
 async def test_a_captive_portal() -> None:
     with web(lambda call, _: call.say(200, b"<!doctype html>", "text/html")) as portal:
         caught = await refused(Client(portal.url), "org/name")
@@ -231,6 +237,15 @@ GOOD_FILE = {"rfilename": "a", "size": 1, "blobId": "b" * 40}
 async def test_an_answer_that_is_none(told: object) -> None:
     def answer(call: Call, asked: Asked) -> None:
         call.json({} if asked.path.endswith("auth-check") else told)
+
+    with web(answer) as server:
+        caught = await refused(Client(server.url), "o/n")
+    assert type(caught) is HubUnreachable
+
+
+async def test_an_answer_without_a_bottom() -> None:
+    def answer(call: Call, asked: Asked) -> None:
+        call.say(200, b"{}" if asked.path.endswith("auth-check") else b"[" * 100_000)
 
     with web(answer) as server:
         caught = await refused(Client(server.url), "o/n")

@@ -230,12 +230,29 @@ def test_a_second_mover_waits_for_the_first_to_end(hub: Hub, tmp_path: Path) -> 
     with mover(order) as first:
         first.until_bytes(MIB)
         with mover(order) as second:
-            wait_for(lambda: len(second.named("progress")) > 2)  # it lives
+            wait_for(lambda: second.named("waiting"))
+            assert "earlier process" in second.named("waiting")[0]["why"]
+            assert second.named("progress") == []  # it does not know what is there
             assert len(hub.requests(BIG, "cdn")) == 1
             first.process.kill()
             assert second.wait() == 0
     assert second.fetched <= 7 * MIB
     assert_published(hub, order)
+
+
+def test_stopped_while_it_waits_for_another_it_does_not_say_that_nothing_is_there(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.add_repo(REPO, {BIG: ("random", 8 * MIB, 1)})
+    hub.fault(BIG, Stall(MIB))
+    order = order_for(hub, tmp_path)
+    with mover(order) as first:
+        first.until_bytes(MIB)
+        with mover(order) as second:
+            wait_for(lambda: second.named("waiting"))
+            second.process.send_signal(signal.SIGTERM)
+            assert second.wait() == 0
+    assert second.named("progress") == []
 
 
 def test_stopped_at_any_moment_of_its_start_it_says_nothing_wrong(hub: Hub, tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_redirect_in_a_circle_is_left(tmp_path: Path) -> None:
     [
         {"content_range": "bytes 1-2/2"},
         {"content_range": "nonsense"},
+        {"content_range": f"bytes {'9' * 5000}-1/2"},
+        {"content_range": f"bytes 0-1/{'9' * 5000}"},
         {"content_encoding": "gzip", "content_range": "bytes 0-1/2"},
     ],
 )
@@ -115,6 +117,17 @@ def test_retry_after_as_a_date(tmp_path: Path, gmt: bool) -> None:
     ):
         wait_for(lambda: said.named("waiting"))
     assert 20 <= waits(said)[0] <= 30
+
+
+@pytest.mark.parametrize("year", ["99999", "9" * 30])
+def test_retry_after_as_no_date(tmp_path: Path, year: str) -> None:
+    told = {"retry-after": f"Mon, 01 Jan {year} 00:00:00 GMT"}
+    with (
+        web(lambda call, _: call.say(429, **told)) as server,
+        mover(answered(tmp_path, f"{server.url}/a")) as said,
+    ):
+        wait_for(lambda: said.named("waiting"))
+    assert waits(said)[0] == 0.5
 
 
 def test_rate_limit_in_the_hubs_own_words(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,11 +43,22 @@ def test_a_file_comes_only_while_its_download_moves(
     assert [file.status for file in files] == ["completed", half, nothing]
 
 
+def test_without_its_files_all_else_is_the_same() -> None:
+    moving = view(S.DOWNLOADING)
+    whole, short = item_of(moving), item_of(moving, with_files=False)
+    assert short == whole.model_copy(update={"files": []})
+    assert (short.file_count, short.files_downloaded) == (3, 1)
+
+
 @pytest.mark.parametrize(
     ("shown", "message"),
     [
         (view(S.PENDING), "o/n waits for its turn."),
         (view(S.DOWNLOADING), "6.0 MiB of 12.0 MiB of o/n."),
+        (
+            replace(view(S.DOWNLOADING), bytes_per_s=0.0),
+            "6.0 MiB of 12.0 MiB of o/n; nothing comes at the moment.",
+        ),
         (
             view(S.DOWNLOADING, waiting="it answers 500"),
             "6.0 MiB of 12.0 MiB; trying again: it answers 500",

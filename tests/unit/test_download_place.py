@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,52 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def place(root: Path) -> Place:
     return Place(root)
+
+
+@pytest.mark.parametrize("name", ["mine.gguf", "MODEL.GGUF", "model.safetensors"])
+def test_a_folder_with_another_model_in_it_is_not_taken(
+    place: Place, root: Path, name: str
+) -> None:
+    (root / "n").mkdir(parents=True)
+    (root / "n" / "notes.txt").write_text("mine")
+    (root / "n" / "a.gguf").write_bytes(TEXTS["a.gguf"])
+    assert place.look(order_of()).exists
+    (root / "n" / name).write_bytes(b"of another")
+    with pytest.raises(DestinationOccupied, match=f"holds another model, '{name}'"):
+        place.look(order_of())
+    assert place.look(order_of(), resuming=True).exists  # the mover overwrites nothing
+    publish(root, order_of({"old.gguf": b"weights"}), {"old.gguf": b"weights"})
+    assert place.look(order_of()).exists  # it is the repository's, and somebody added to it
+
+
+def test_what_can_be_written_is_usable(place: Place, root: Path) -> None:
+    place.check_usable()  # it is made when it is needed
+    root.mkdir()
+    place.check_usable()
+
+
+def test_a_models_directory_that_is_a_file(place: Place, root: Path) -> None:
+    root.touch()
+    with pytest.raises(ModelsDirUnusable, match="Not a directory"):
+        place.check_usable()
+
+
+def test_a_disk_that_is_full_or_only_read(tmp_path: Path) -> None:
+    with small_filesystem(tmp_path / "disk", "512k") as disk:
+        with pytest.raises(InsufficientDisk, match="is full"):
+            Place(disk).check_usable()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(ModelsDirUnusable, match="Read-only file system"):
+            Place(disk).check_usable()
+
+
+def test_a_models_directory_that_may_not_be_written(
+    place: Place, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root.mkdir()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(ModelsDirUnusable, match="Permission denied"):
+        place.check_usable()
 
 
 def test_what_its_package_has_of_it_counts(place: Place, root: Path) -> None:

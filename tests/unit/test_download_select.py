@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -334,3 +336,14 @@ def test_choices_have_names_that_choose() -> None:
     choices = [choice["name"] for choice in (refused.value.details or {})["choices"]]
     picked = [pick(files, quantization=choice) for choice in choices]
     assert picked == [[f"{choice}.gguf"] for choice in choices]
+
+
+def test_thousands_of_models_take_no_minutes() -> None:
+    names = [f"{n % 7}/M{n}" for n in range(5000)]
+    files = listing(*(f"{name}-Q4_0.gguf" for name in names))
+    files += listing(*(f"{name}-mmproj-F16.gguf" for name in names))
+    began = time.process_time()
+    found = variants(files)
+    assert time.process_time() - began < 10
+    eyes = {one.stem: one.projector.path for one in found if one.projector is not None}
+    assert eyes == {f"{name}-Q4_0": f"{name}-mmproj-F16.gguf" for name in names}

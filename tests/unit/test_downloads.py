@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,11 +22,16 @@ from xandrouting.core.errors import (
     HubUnreachable,
     InvalidDestination,
     InvalidRequest,
+    ShuttingDown,
     UnsafeRepository,
 )
-from xandrouting.downloads import movers
+from xandrouting.downloads import movers, select
 from xandrouting.downloads.downloads import Wanted
+from xandrouting.downloads.hub import Repository
 from xandrouting.downloads.jobs import JobState
+from xandrouting.downloads.place import Place
+from xandrouting.downloads.running import View
+from xandrouting.downloads.select import Chosen, choose
 
 S = JobState
 
@@ -181,6 +188,45 @@ async def test_asking_again_resumes_what_was_paused(world: World) -> None:
     await reach(downloads, job_id, S.DOWNLOADING)
 
 
+async def test_asking_again_for_what_is_cancelled_that_moment(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads = await world.start()
+    first = await submit(downloads)
+    await downloads.pause(first)
+    resume = downloads.resume
+
+    async def too_late(job_id: str) -> View:
+        await downloads.cancel(job_id)
+        return await resume(job_id)
+
+    monkeypatch.setattr(downloads, "resume", too_late)
+    second = await submit(downloads)
+    assert second != first
+    await reach(downloads, second, S.DOWNLOADING)
+
+
+async def test_a_long_listing_holds_up_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads = await world.start()
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> Chosen:
+        begun.set()
+        assert goes_on.wait(5), "the loop stood still"
+        return choose(*arguments)
+
+    monkeypatch.setattr(select, "choose", slowly)
+    for ask in (downloads.submit, downloads.verify):
+        begun.clear()
+        goes_on.clear()
+        asked = asyncio.create_task(ask(Wanted("org/a")))
+        await asyncio.to_thread(begun.wait, 5)
+        goes_on.set()
+        await asked
+
+
 async def test_wishes_that_cross(world: World) -> None:
     downloads = await world.start()
     job_id = await submit(downloads)
@@ -291,4 +337,54 @@ async def test_verify_tells_and_fetches_nothing(world: World) -> None:
     assert told.refusal is not None
     assert told.refusal.code == "no_such_quantization"
     assert downloads.views() == []
+    assert world.carriers.all == []
+
+
+# The end.
+
+
+async def test_an_order_whose_hub_answers_after_the_end_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads = await world.start()
+    asked, answered = asyncio.Event(), asyncio.Event()
+    look = world.hub.look
+
+    async def slowly(repo_id: str, revision: str | None) -> Repository:
+        asked.set()
+        await answered.wait()
+        return await look(repo_id, revision)
+
+    monkeypatch.setattr(world.hub, "look", slowly)
+    wished = asyncio.create_task(downloads.submit(Wanted("org/a")))
+    await asked.wait()
+    await downloads.aclose()
+    answered.set()
+    with pytest.raises(ShuttingDown):
+        await wished
+    assert world.stored() == []
+
+
+async def test_an_order_that_is_being_taken_at_the_end_is_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads = await world.start()
+    looked, goes_on = threading.Event(), threading.Event()
+    look = Place.look
+
+    def slowly(self: Place, *arguments: Any, **options: Any) -> Any:
+        looked.set()
+        goes_on.wait(5)
+        return look(self, *arguments, **options)
+
+    monkeypatch.setattr(Place, "look", slowly)
+    wished = asyncio.create_task(downloads.submit(Wanted("org/a")))
+    await asyncio.to_thread(looked.wait, 5)
+    closes = asyncio.create_task(downloads.aclose())
+    await asyncio.sleep(0)
+    goes_on.set()
+    view = await wished
+    await closes
+    assert view.job.state is S.PENDING
+    assert [(job.id, job.state) for job in world.stored()] == [(view.job.id, S.PENDING)]
     assert world.carriers.all == []

@@ -23,17 +23,28 @@ def test_the_way_to_the_hub_does_not_make_it_slow() -> None:
     assert pace.eta_s(500) == pytest.approx(0.5)
 
 
-def test_a_stall_after_that_counts() -> None:
+def test_a_stall_after_that_is_no_pace_at_all() -> None:
     pace = Pace(0.0)
     pace.moved(1000, 1.0)
-    for step in range(1, 1 + int(3 * WINDOW_S)):
-        pace.moved(1000, 1.0 + step)
-    assert pace.bytes_per_s == pytest.approx(50, abs=10)
+    assert pace.bytes_per_s == 1000
+    pace.moved(1000, 2.0)
+    assert pace.bytes_per_s == 500
+    pace.moved(1000, 1.0 + WINDOW_S)
+    assert (pace.bytes_per_s, pace.eta_s(1000)) == (0, None)
 
 
-def test_what_was_longer_ago_hardly_counts() -> None:
+def test_what_was_longer_ago_does_not_count() -> None:
     pace, total = Pace(0.0), 0
     for second in range(1, 21):
         total += 100 if second <= 5 else 10_000
         pace.moved(total, float(second))
-    assert pace.bytes_per_s == pytest.approx(10_000, rel=0.06)
+    assert pace.bytes_per_s == 10_000
+
+
+def test_what_is_told_in_the_same_moment_says_nothing_of_the_pace() -> None:
+    pace = Pace(0.0)
+    pace.moved(1000, 1.0)
+    pace.moved(1_000_000, 1.001)
+    assert pace.bytes_per_s == 1000
+    pace.moved(1_000_000, 2.0)
+    assert pace.bytes_per_s == 500_000

@@ -12,18 +12,20 @@ from tests.unit.scheduling import (
     ONE_CARD,
     TWO_CARDS,
     A,
+    B,
     GrowingCost,
     asking,
     gib,
     growing,
     make_scheduler,
     model,
+    nth,
     on_cards,
     reading,
 )
 from xandrouting.core import refusals
 from xandrouting.core.errors import GatewayError, InsufficientMemory
-from xandrouting.core.events import Acquire, Measured, Refuse
+from xandrouting.core.events import Acquire, EngineReady, Measured, Pin, Refuse
 from xandrouting.core.model import (
     HOST,
     DeviceReading,
@@ -31,6 +33,7 @@ from xandrouting.core.model import (
     FixedCost,
     Footprint,
     LoadOptions,
+    MemoryUse,
     Terms,
 )
 from xandrouting.core.planner import Alternative
@@ -99,6 +102,20 @@ def test_where_others_are_in_the_way_waiting_helps() -> None:
     assert error.retry_after_s == refusals.ASK_AGAIN_S
     just = refused(model("just", host_gib=8), reading(HOST, 16, 6), budgets={HOST: gib(8)})
     assert just.retry_after_s == refusals.ASK_AGAIN_S
+
+
+def test_where_pinned_ones_hold_more_than_others_left_there_is_nothing() -> None:
+    pinned, large = model("pinned", host_gib=6), model("large", host_gib=2)
+    scheduler = make_scheduler()
+    scheduler.handle(Measured([reading(HOST, 8, 8)]), now=0.0)
+    scheduler.handle(Acquire(A, pinned), now=0.0)
+    scheduler.handle(EngineReady(nth(pinned, 1)), now=1.0)
+    scheduler.handle(Pin(pinned.key.model), now=1.0)
+    uses = {nth(pinned, 1): MemoryUse(host_bytes=gib(3))}
+    scheduler.handle(Measured([reading(HOST, 8, 0)], uses), now=2.0)
+    [effect] = scheduler.handle(Acquire(B, large), now=2.0)
+    assert isinstance(effect, Refuse)
+    assert "it needs 2.00 GiB of main memory (it may have 0 bytes)" in effect.error.message
 
 
 def test_where_one_device_is_too_small_by_itself_waiting_helps_nothing() -> None:

@@ -154,6 +154,26 @@ def test_the_rest_of_a_download_goes_with_its_last_model(root: Path) -> None:
     assert left(root) == {"m/mine.txt"}
 
 
+def test_what_lies_beside_a_download_is_not_of_it(root: Path) -> None:
+    folder = write_folder(root / "m")
+    names = sorted(path.name for path in folder.iterdir())
+    manifest(folder, *names)
+    (folder / "notes.txt").write_text("mine")
+    write_gguf(folder / "extra" / "b.gguf")
+    deleted = delete(root, "m")
+    assert deleted.files == tuple(f"m/{name}" for name in sorted((*names, trash.MANIFEST)))
+    assert left(root) == {"m/notes.txt", "m/extra/b.gguf"}
+
+
+def test_a_projector_of_a_download_that_another_model_uses(root: Path) -> None:
+    for name in ("vl-Q4_0.gguf", "vl-Q8_0.gguf"):
+        write_gguf(root / "m" / name)
+    write_gguf(root / "m" / "mmproj-F16.gguf", arch="clip")
+    manifest(root / "m", "vl-Q4_0.gguf", "mmproj-F16.gguf")
+    delete(root, "m/vl-Q4_0.gguf")
+    assert {"m/vl-Q8_0.gguf", "m/mmproj-F16.gguf"} <= left(root)
+
+
 def test_a_model_in_a_subfolder_takes_the_download_above_it_along(root: Path) -> None:
     write_gguf(root / "m" / "Q4" / "m-Q4_0.gguf")
     (root / "m" / "README.md").touch()

@@ -68,7 +68,7 @@ def too_large(decision: Decision) -> GatewayError:
     lacking = dict(decision.lacking)
     too_much = [
         f"{in_words(needed[resource])} of {_named(resource)} (it may have "
-        f"{in_words(needed[resource] - lack)})"
+        f"{in_words(max(0, needed[resource] - lack))})"  # pinned ones may hold more than is left
         for resource, lack in lacking.items()
         if resource != ENGINES
     ]

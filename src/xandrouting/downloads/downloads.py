@@ -85,6 +85,10 @@ class Downloads:
 
     async def __aenter__(self) -> Self:
         """Go on with what was moving when the process before this one ended."""
+        try:
+            await asyncio.to_thread(self._place.check_usable)
+        except GatewayError as error:
+            log.warning("downloads will be refused: %s", error.message)
         jobs = await self._in_writer(self._store.load)
         if self._store.is_alone:  # else others have folders that we know nothing of
             kept = {job.id for job in jobs if _keeps_bytes(job)}
@@ -115,7 +119,11 @@ class Downloads:
             return
         self._closed = True
         await self._movers.aclose()
-        await self._in_writer(self._store.close)
+        for running in list(self._known.values()):
+            async with running.turn:  # a wish that came before this is seen through
+                pass
+        async with self._admission:
+            await self._in_writer(self._store.close)
         self._writer.shutdown()
 
     # What is known.
@@ -168,13 +176,7 @@ class Downloads:
             GatewayError: it cannot be had, or what is asked for cannot be a repository.
         """
         asked, repository = await self._look(wanted)
-        wish = _wish(asked, wanted)
-        found = tuple(select.distinct(select.variants(repository.files)))
-        try:
-            chosen = select.choose(repository.repo_id, repository.files, wish)
-        except GatewayError as refusal:
-            return Verified(repository, None, refusal, found)
-        return Verified(repository, chosen, None, found)
+        return await asyncio.to_thread(_verified, repository, _wish(asked, wanted))
 
     async def submit(self, wanted: Wanted) -> View:
         """Begin a download, or return the one that does the same already.
@@ -186,7 +188,9 @@ class Downloads:
         if wanted.destination is not None:
             check_destination(wanted.destination)
         asked, repository = await self._look(wanted)
-        chosen = select.choose(repository.repo_id, repository.files, _wish(asked, wanted))
+        wish = _wish(asked, wanted)
+        # In a thread, as all that goes through a listing: some have 50,000 files.
+        chosen = await asyncio.to_thread(select.choose, repository.repo_id, repository.files, wish)
         name = repository.repo_id.rpartition("/")[2].lower()
         order = Order(
             url=wanted.url.strip(),
@@ -199,16 +203,21 @@ class Downloads:
             load=wanted.load,
             package=repository.package,
         )
-        async with self._admission:
-            twin = self._twin(order)
-            if twin is None or twin.job.state in ENDED:
-                return await self._admit(order, twin)
-            if order.load is not None:
-                twin.job = replace(twin.job, order=replace(twin.job.order, load=order.load))
-                await self._save(twin.job)
-        if twin.job.state is JobState.PAUSED:
-            return await self.resume(twin.job.id)
-        return twin.view()
+        while True:
+            async with self._admission:
+                self._check_open()  # the hub may have taken its time
+                twin = self._twin(order)
+                if twin is None or twin.job.state in ENDED:
+                    return await self._admit(order, twin)
+                if order.load is not None:
+                    twin.job = replace(twin.job, order=replace(twin.job.order, load=order.load))
+                    await self._save(twin.job)
+            if twin.job.state is not JobState.PAUSED:
+                return twin.view()
+            try:
+                return await self.resume(twin.job.id)
+            except DownloadOver:
+                pass  # it was cancelled just now: look again
 
     async def pause(self, job_id: str) -> View:
         """Stop a download for as long as nobody resumes it; returns when it has stopped.
@@ -289,7 +298,7 @@ class Downloads:
                     param="revision",
                 )
         repository = await self._hub.look(asked.repo_id, revision)
-        check_listing(repository.repo_id, repository.files)
+        await asyncio.to_thread(check_listing, repository.repo_id, repository.files)
         return asked, repository
 
     def _twin(self, order: Order) -> Running | None:
@@ -417,6 +426,15 @@ class Downloads:
 
     async def _in_writer(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, call)
+
+
+def _verified(repository: Repository, wish: Wish) -> Verified:
+    found = tuple(select.distinct(select.variants(repository.files)))
+    try:
+        chosen = select.choose(repository.repo_id, repository.files, wish)
+    except GatewayError as refusal:
+        return Verified(repository, None, refusal, found)
+    return Verified(repository, chosen, None, found)
 
 
 def _wish(asked: Asked, wanted: Wanted) -> Wish:

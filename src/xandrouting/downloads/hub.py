@@ -41,6 +41,7 @@ LOOK_TIMEOUT_S: Final = 25.0  # both calls together, however slowly their bytes 
 MAX_LOOKS: Final = 4  # at once
 MAX_FILES: Final = 100_000  # of a repository
 RETRY_S: Final = 30.0  # when a hub that says nothing may be asked again
+MAX_RETRY_S: Final = 3600.0  # what is passed on of a hub that wants more
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -171,7 +172,7 @@ def _look(endpoint: str, token: str | None, repo_id: str, revision: str | None) 
         raise _Unreachable(f"the proxy at {proxy} refuses ({error})") from error
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         raise _Unreachable(f"no connection{behind}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         # Whatever the library makes of an answer that is none of a hub.
         raise _Unreachable("it does not answer as a hub does") from error
 
@@ -286,7 +287,8 @@ def _in_our_words(
     if status == 400:
         return InvalidRequest(f"The hub refuses to tell of {repo_id}.", param="url")
     said = error.response.headers.get("retry-after", "")
-    return _Unreachable(f"it answers {status}", float(said) if said.isdecimal() else RETRY_S)
+    retry_after_s = min(float(said), MAX_RETRY_S) if said.isdecimal() else RETRY_S
+    return _Unreachable(f"it answers {status}", retry_after_s)
 
 
 def _files(

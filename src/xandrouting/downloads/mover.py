@@ -70,6 +70,7 @@ class Run:
         self._order = order
         self._fetcher = Fetcher(order, self.board, Client(order, self.board, token))
         self._ended = threading.Event()
+        self._counted = False  # whether what earlier runs left is known
         self._said_at = 0.0
 
     def watch(self) -> int:
@@ -88,10 +89,10 @@ class Run:
                 os.read(self.board.woken, 4096)
             if time.monotonic() - self._said_at >= self._order.report_s:
                 self._said_at = time.monotonic()
-                say(self.board.progress())
+                self._say_progress()
             self._say_news()
         self._say_news()
-        say(self.board.progress())
+        self._say_progress()
         return self._end()
 
     def _end(self) -> int:
@@ -111,13 +112,14 @@ class Run:
             except queue.Empty:
                 return
             if news["event"] == "verifying":
-                say(self.board.progress())  # bytes told of later would be new ones
+                self._say_progress()  # bytes told of later would be new ones
             say(news)
 
     def _work(self) -> None:
         with guarded(self.board):
             # Kept open until this process ends: no other mover may touch the same parts.
-            take_over(self._order)
+            take_over(self._order, self._tell_of_another)
+            self._counted = True
             self.board.wake()
             if not is_published(self._order):
                 self._fetcher.run()
@@ -128,13 +130,21 @@ class Run:
         self._ended.set()
         self.board.wake()
 
+    def _tell_of_another(self) -> None:
+        why = "an earlier process of this download has not ended yet"
+        self.board.tell("waiting", seconds=0.0, why=why)
+
     def leave(self) -> None:
         """Keep what has come, and say how much that is."""
         self.board.stop()
         deadline = time.monotonic() + _STOP_S
         for thread in self._fetcher.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        say(self.board.progress(), fresh=True)
+        self._say_progress(fresh=True)
+
+    def _say_progress(self, *, fresh: bool = False) -> None:
+        if self._counted:  # else it would be that nothing is there
+            say(self.board.progress(), fresh=fresh)
 
 
 def say(event: dict[str, Any], *, fresh: bool = False) -> None:

@@ -33,7 +33,7 @@ _RTT_US: Final = struct.Struct("68xI")  # Linux's tcp_info.tcpi_rtt
 _MAX_HOPS: Final = 5
 NETWORK: Final = (OSError, http.client.HTTPException, UnicodeError)  # the last: a host's name
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
-_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d+)/(\d{1,19}|\*)")
 
 
 class Trouble(Exception):
@@ -261,7 +261,10 @@ def retry_after_s(answer: Response) -> float | None:
         date = parsedate_tz(told)
         if date is None:
             return None
-        seconds = mktime_tz(date) - time.time()
+        try:
+            seconds = mktime_tz(date) - time.time()
+        except (ValueError, OverflowError):  # no such year
+            return None
     return min(max(0.0, seconds), _LAST_RETRY_AFTER_S)
 
 

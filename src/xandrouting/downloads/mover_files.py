@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -304,16 +304,19 @@ def write_back(fd: int, offset: int, size: int) -> None:
         _LIBC.sync_file_range(fd, offset64, size64, _SYNC_FILE_RANGE_WRITE)
 
 
-def take_over(order: Order) -> int:
+def take_over(order: Order, on_wait: Callable[[], None] = lambda: None) -> int:
     """Make the parts what earlier runs left, and return a descriptor that keeps others out.
 
-    Blocks while a mover of the same folder ends. What that had put into the stage already, but
-    had not published, becomes a part again.
+    Blocks while a mover of the same folder ends, after it has called `on_wait`. What that had put
+    into the stage already, but had not published, becomes a part again.
     """
     with disk("The unfinished download"):
         order.parts.mkdir(parents=True, exist_ok=True)
         lock = os.open(order.parts, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass  # a filesystem without locks

@@ -39,6 +39,8 @@ GIB: Final = 1 << 30
 MAX_RESERVE_BYTES: Final = GIB  # what a download leaves free, or a 50th of a small disk
 KEPT_S: Final = 7 * 86_400.0  # the bytes of a job that ended without its model
 _MAX_MANIFEST_BYTES: Final = 16 << 20
+_NO_ROOM_BYTES: Final = 1 << 20
+_WEIGHTS: Final = (".gguf", ".safetensors")
 _FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 _WISHES: Final = {state: f".{state}" for state in (JobState.PAUSED, JobState.CANCELLED)}
 
@@ -145,6 +147,8 @@ class Place:
         manifest = read_manifest(target)
         if manifest is not None and manifest.repo_id != order.repo_id:
             raise _occupied(order, f"holds {manifest.repo_id}")
+        if manifest is None and not resuming:
+            _check_no_model(order, target)
         known = {} if manifest is None else {file.path: file for file in manifest.files}
         kept = frozenset(
             file.path
@@ -177,6 +181,25 @@ class Place:
         if regular and known is not None:
             raise _occupied(order, f"holds {file.path[:100]!r} of another revision")
         raise _occupied(order, f"holds another {file.path[:100]!r}")
+
+    def check_usable(self) -> None:
+        """Check that something could be downloaded at all.
+
+        Raises:
+            ModelsDirUnusable: the models directory is none, or cannot be written.
+            InsufficientDisk: its disk is full.
+        """
+        place = self._existing()
+        try:
+            if not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(place, os.W_OK | os.X_OK):
+                code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+                raise OSError(code, os.strerror(code))
+            if self._free_bytes()[0] < _NO_ROOM_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise _unusable(error) from error
 
     def room_for(self, need_bytes: int, *, promised_bytes: int, repo_id: str) -> None:
         """Check that the disk has room besides what is promised to other downloads.
@@ -352,6 +375,22 @@ def manifest_of(order: Order, found: Found) -> Mapping[str, Any]:
     manifest = Manifest(order.repo_id, order.commit, tuple(files), order.endpoint)
     told: Mapping[str, Any] = msgspec.to_builtins(manifest)
     return told
+
+
+def _check_no_model(order: Order, folder: Path) -> None:
+    """Pass a folder in which nobody put weights, but for those that are wanted.
+
+    Raises:
+        DestinationOccupied: there are others.
+    """
+    wanted = {file.path for file in order.files}
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder))
+    except OSError as error:
+        raise _unusable(error) from error
+    for name in names:
+        if name.lower().endswith(_WEIGHTS) and name not in wanted:
+            raise _occupied(order, f"holds another model, {name[:100]!r}")
 
 
 def _size(path: Path) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
@@ -133,13 +133,14 @@ def variants(files: Iterable[RemoteFile]) -> list[Variant]:
         elif not name.startswith(_NO_MODEL):
             stem, no, total = _part_of(file.path[:-5])
             groups[stem, total][no] = file
-    stems = [stem for stem, _ in groups]
+    families = _families_below({stem for stem, _ in groups})
+    best = _best(projectors)
     found = [
         Variant(
             stem,
             quantization_in_name(stem),
             tuple(parts[no] for no in sorted(parts)),
-            _projector_of(stem, stems, projectors),
+            _projector_of(stem, families, best),
             total - len(parts),
         )
         for (stem, total), parts in groups.items()
@@ -300,31 +301,45 @@ def _part_of(stem: str) -> tuple[str, int, int]:
 
 
 def _projector_of(
-    stem: str, stems: Sequence[str], projectors: Sequence[RemoteFile]
+    stem: str,
+    families: Mapping[str, Collection[str]],
+    best: Mapping[tuple[str, str | None], RemoteFile],
 ) -> RemoteFile | None:
     """Return the nearest projector, F16 first; among several models only one of its name.
 
     The inventory finds it by the same rule once both are on disk.
     """
-    family = _family(stem)
-
-    def rank(projector: RemoteFile) -> tuple[bool, int, str]:
-        quantization = quantization_in_name(projector.path)
-        preference = (*_PROJECTORS, quantization).index(quantization)
-        return _projector_family(projector.path) != family, preference, projector.path
-
     for folder in (*_folders_above(stem), ""):
-        inside = f"{folder}/" if folder else ""
-        alone = len({_family(other) for other in stems if other.startswith(inside)}) == 1
-        fitting = [
-            projector
-            for projector in projectors
-            if projector.path.rpartition("/")[0] == folder
-            and (alone or _projector_family(projector.path) == family)
-        ]
-        if fitting:
-            return min(fitting, key=rank)
+        found = best.get((folder, _family(stem)))
+        if found is None and len(families[folder]) == 1:
+            found = best.get((folder, None))
+        if found is not None:
+            return found
     return None
+
+
+def _families_below(stems: Iterable[str]) -> Mapping[str, Collection[str]]:
+    """Return which models there are in each folder and below it, whatever their quantization."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for stem in stems:
+        family = _family(stem)
+        for folder in (*_folders_above(stem), ""):
+            found[folder].add(family)
+    return found
+
+
+def _best(projectors: Iterable[RemoteFile]) -> Mapping[tuple[str, str | None], RemoteFile]:
+    """Return the best projector of each model's name in a folder, and of each folder (None)."""
+
+    def rank(projector: RemoteFile) -> tuple[int, str]:
+        quantization = quantization_in_name(projector.path)
+        return (*_PROJECTORS, quantization).index(quantization), projector.path
+
+    best: dict[tuple[str, str | None], RemoteFile] = {}
+    for projector in sorted(projectors, key=rank, reverse=True):  # so the best comes last
+        folder = projector.path.rpartition("/")[0]
+        best[folder, None] = best[folder, _projector_family(projector.path)] = projector
+    return best
 
 
 def _family(stem: str) -> str:

@@ -49,7 +49,7 @@ def add_deletion(app: FastAPI, services: Services) -> None:
     ) -> DeletedModel:
         """Delete a model's files, and no others; they are in the trash for a day.
 
-        The model is named by its path, with or without `/models/`, and may not be in use.
+        The model is named as in requests, and may not be in use.
         """
         methods = taken.get(f"/v1/models/{model_id}")
         if methods:
@@ -60,7 +60,7 @@ def add_deletion(app: FastAPI, services: Services) -> None:
 
 
 async def delete_model(services: Services, model_id: str, *, purge: bool = False) -> DeletedModel:
-    """Delete the files of the model of exactly this path; unless `purge`, to the trash.
+    """Delete the files of the model of this name; unless `purge`, to the trash.
 
     Raises:
         GatewayError: there is no such model, it is in use, or it may not be deleted.
@@ -74,7 +74,7 @@ async def delete_model(services: Services, model_id: str, *, purge: bool = False
     if path in snapshot.escaping:
         deleted = await _delete_link(services, path, purge=purge)
         return _told(services, f"{VIRTUAL_ROOT}/{path}", deleted)
-    file = _meant(services, model_id, path)
+    file = _meant(services, model_id)
     with services.inventory.leaving(file):
         _check_unused(services, file)
         root = services.inventory.roots[0]
@@ -95,19 +95,14 @@ def _path(model_id: str) -> str:
     )
 
 
-def _meant(services: Services, model_id: str, path: str) -> ModelFile:
-    """Return the model of exactly this path: a deletion guesses nothing.
+def _meant(services: Services, model_id: str) -> ModelFile:
+    """Return the model of this name.
 
     Raises:
-        GatewayError: there is none, or the name is one for requests only.
+        GatewayError: there is none, or several.
         ModelReadOnly: it lies where nothing is deleted.
     """
     file = services.catalog.names().resolve(named(model_id))
-    if path not in (file.relative, *file.spellings, *(part.relative for part in file.files)):
-        raise ModelNotFound(
-            f"There is no model at '{shown(model_id)}'. To delete '{shown(file.id)}', name it so.",
-            param="model",
-        )
     if file.read_only:
         raise ModelReadOnly(
             f"'{shown(file.id)}' lies in a further root, which is only read. Delete it there.",
@@ -153,6 +148,8 @@ async def _delete_link(services: Services, path: str, *, purge: bool) -> Deleted
 
 
 def _refused(model: str, error: OSError) -> GatewayError:
+    if error.errno == errno.ENOENT:  # somebody else was faster; nothing of it was moved
+        return ModelNotFound(f"'{shown(model)}' is not there any more.", param="model")
     reason = os.strerror(error.errno) if error.errno else "it fails"
     return ModelsDirUnusable(
         f"'{shown(model)}' cannot be deleted: {reason}. Let the user that the server runs as "

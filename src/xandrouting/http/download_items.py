@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from xandrouting.core.sizes import in_words
-from xandrouting.downloads.jobs import Job, JobState
+from xandrouting.downloads.jobs import Job, JobState, RemoteFile
 from xandrouting.downloads.running import View
 from xandrouting.http import lists
 from xandrouting.http.decisions import gib
@@ -15,10 +15,9 @@ from xandrouting.inventory.model_file import VIRTUAL_ROOT
 _MOVING: Final = frozenset((JobState.DOWNLOADING, JobState.VERIFYING))
 
 
-def item_of(view: View) -> DownloadItem:
-    """Describe a download."""
+def item_of(view: View, *, with_files: bool = True) -> DownloadItem:
+    """Describe a download; without its files, of which there may be thousands, it takes less."""
     job, order = view.job, view.job.order
-    files = [_file(job, file.path, file.size) for file in order.files]
     failure = job.failure
     started, ended = lists.iso(job.started_at), lists.iso(job.ended_at)
     total, done = order.total_bytes, job.done_bytes
@@ -33,9 +32,9 @@ def item_of(view: View) -> DownloadItem:
         quantization=order.quantization,
         destination=f"{VIRTUAL_ROOT}/{order.destination}",
         model=job.model,
-        files=files,
-        file_count=len(files),
-        files_downloaded=sum(file.status == "completed" for file in files),
+        files=[_file(job, file) for file in order.files] if with_files else [],
+        file_count=len(order.files),
+        files_downloaded=sum(_is_whole(job, file) for file in order.files),
         downloaded_bytes=done,
         downloadedSize=done,
         total_bytes=total,
@@ -56,15 +55,19 @@ def item_of(view: View) -> DownloadItem:
     )
 
 
-def _file(job: Job, path: str, size: int) -> DownloadFile:
-    done = min(job.done.get(path, 0), size)
-    if job.state is JobState.COMPLETED or (done == size and size):
+def _is_whole(job: Job, file: RemoteFile) -> bool:
+    return job.state is JobState.COMPLETED or 0 < file.size <= job.done.get(file.path, 0)
+
+
+def _file(job: Job, file: RemoteFile) -> DownloadFile:
+    done = min(job.done.get(file.path, 0), file.size)
+    if _is_whole(job, file):
         status = "completed"
     elif job.state in _MOVING:
         status = "downloading" if done else "pending"
     else:
         status = str(job.state)
-    return DownloadFile(path=path, size=size, downloaded_bytes=done, status=status)
+    return DownloadFile(path=file.path, size=file.size, downloaded_bytes=done, status=status)
 
 
 def _message(view: View) -> str:
@@ -79,6 +82,8 @@ def _message(view: View) -> str:
             return f"{order.repo_id} waits for its turn."
         case JobState.DOWNLOADING if view.waiting is not None:
             return f"{so_far}; trying again: {view.waiting}"
+        case JobState.DOWNLOADING if view.bytes_per_s == 0:
+            return f"{so_far} of {order.repo_id}; nothing comes at the moment."
         case JobState.DOWNLOADING:
             return f"{so_far} of {order.repo_id}."
         case JobState.VERIFYING:

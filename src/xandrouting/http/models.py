@@ -19,7 +19,7 @@ from xandrouting.http.inventory_schemas import InventoryList
 from xandrouting.http.model_path import named
 from xandrouting.http.schemas import LoadedList, ModelItem, ModelList, Stats
 from xandrouting.http.services import Services
-from xandrouting.inventory.model_file import ModelFile
+from xandrouting.inventory.model_file import ModelFile, shown
 from xandrouting.proxy.request import Routing
 
 TOGETHER = 25  # models that are described before others have their turn
@@ -71,7 +71,7 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/models/{model_id:path}", tags=["models"])
     async def model(model_id: str) -> ModelItem:
-        """Describe one model; its id may be given with or without the leading slash."""
+        """Describe one model that can be loaded; its id may lack the leading slash."""
         item = upstream_lists.model_item(upstreams, model_id)
         if item is not None:
             return item
@@ -81,6 +81,12 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
         except ModelNotFound:
             await inventory.refresh()  # it may have come since the last look
             file = services.catalog.names().resolve(named(model_id))
+        if file.problem is not None:
+            raise ModelNotFound(
+                f"'{shown(file.id)}' cannot be loaded: {shown(file.problem)}. "
+                "GET /v1/models/inventory lists it.",
+                param="model",
+            )
         return lists.model_item(file, pool)
 
 

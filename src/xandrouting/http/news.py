@@ -65,13 +65,13 @@ class Newsroom:
             "device": engine.spec.key.device,
             "event": item.news,
             "state": "gone" if view is None else view.state,
-            "at": time.time(),
+            "at": _now(),
             "memory_bytes": engine.memory.host_bytes,
             "device_bytes": engine.memory.device_bytes,
             "load_seconds": None if engine.load_seconds is None else round(engine.load_seconds, 3),
             "active": 0 if view is None else view.active,
             "pinned": False if view is None else view.pinned,
-            "expires_at": None if deadline is None else time.time() + deadline - now,
+            "expires_at": None if deadline is None else lists.iso(time.time() + deadline - now),
         }
         loading = loading_item(engine.loading(now))
         if loading is not None:
@@ -94,7 +94,7 @@ class Newsroom:
         for first in range(0, total, _IDS_IN_AN_EVENT):
             some = slice(first, first + _IDS_IN_AN_EVENT)
             data = {
-                "at": time.time(),
+                "at": _now(),
                 "added": changes.added[some],
                 "removed": changes.removed[some],
                 "changed": changes.changed[some],
@@ -111,29 +111,29 @@ class Newsroom:
             return
         if state is JobState.COMPLETED or view.job.failure is not None:
             kept = {name: data[name] for name in ("job_id", "repo_id", "model", "error")}
-            notice = {"kind": f"download_{state}", "at": time.time(), **kept}
+            notice = {"kind": f"download_{state}", "at": _now(), **kept}
             self.bus.publish("notice", "notice", notice)
 
     def log_line(self, line: LogLine) -> None:
         """Publish a line of the log."""
-        self.bus.publish("log", "log", dataclasses.asdict(line))
+        self.bus.publish("log", "log", {**dataclasses.asdict(line), "at": lists.iso(line.at)})
 
     def survey(self) -> None:
         """Publish the ledger's lines, and a notice when a device can no longer be read."""
         devices = () if self._pool is None else self._pool.devices()
         shown = [item.model_dump() for item in device_items(devices)]
-        self.bus.publish("gauge", "gauge", {"at": time.time(), "devices": shown})
+        self.bus.publish("gauge", "gauge", {"at": _now(), "devices": shown})
         self._tell_stale(devices)
 
     def _tell_stale(self, devices: tuple[DeviceState, ...]) -> None:
         stale = frozenset(device.device for device in devices if device.stale)
         for device in sorted(stale - self._stale):
-            data = {"kind": "memory_stale", "device": device, "at": time.time()}
+            data = {"kind": "memory_stale", "device": device, "at": _now()}
             self.bus.publish("notice", "notice", data)
         self._stale = stale
 
     def _notice(self, kind: str, model: str, decision: Decision | None) -> None:
-        data: dict[str, Any] = {"kind": kind, "model": model, "at": time.time()}
+        data: dict[str, Any] = {"kind": kind, "model": model, "at": _now()}
         if decision is not None:
             data["for"] = decision.model
         self.bus.publish("notice", "notice", data)
@@ -143,7 +143,7 @@ class Newsroom:
         views = [] if self._pool is None else self._pool.views()
         devices = () if self._pool is None else self._pool.devices()
         return {
-            "now": time.time(),
+            "now": _now(),
             "loaded": [
                 lists.loaded_item(view, engine, now=now).model_dump()
                 for view, engine in views
@@ -155,9 +155,13 @@ class Newsroom:
         }
 
 
+def _now() -> str | None:
+    return lists.iso(time.time())
+
+
 def shown_download(view: View) -> dict[str, Any]:
     """Describe a download without its files: there may be hundreds, four times a second."""
-    return item_of(view).model_dump(exclude={"files"})
+    return item_of(view, with_files=False).model_dump(exclude={"files"})
 
 
 def _failure(data: dict[str, Any]) -> dict[str, Any]:

@@ -149,15 +149,21 @@ def _paths_of(base: str, tree: Tree, model: ModelFile, snapshot: Snapshot) -> li
     """Return what goes: the model's files, its symlinks, and what is left without a purpose."""
     others = [other for other in snapshot.models if other.id != model.id]
     needed = {part.relative for other in others for part in other.files}
+    needed |= {p.relative_to(base).as_posix() for o in others if (p := o.mmproj) is not None}
     going = {part.relative for part in model.files}
     if model.format is ModelFormat.SAFETENSORS:
+        mine = going & _downloaded(base, model.relative)
+        if any(path.endswith(".safetensors") for path in mine):
+            going = mine  # what did not come with the weights is somebody's own
         going |= _links_in(base, model.relative)
-    if model.mmproj is not None and all(other.mmproj != model.mmproj for other in others):
+    if model.mmproj is not None:
         going.add(model.mmproj.relative_to(base).as_posix())
     going |= _links_to(tree, going, model, others)
     going |= _blobs_of(tree, going)
     for folder in {above for path in going for above in _folders_above(path)}:
-        going |= _of_the_same_download(base, folder, others)
+        came = _downloaded(base, folder)
+        if not came & needed:  # no model of it is left
+            going |= came
     return sorted(going - needed)
 
 
@@ -187,11 +193,9 @@ def _blobs_of(tree: Tree, going: set[str]) -> set[str]:
     return {target for target in leads - kept if PurePosixPath(target).parent.name == "blobs"}
 
 
-def _of_the_same_download(base: str, folder: str, others: Iterable[ModelFile]) -> set[str]:
-    """Return the rest of a downloaded repository, once no model of it is left."""
+def _downloaded(base: str, folder: str) -> set[str]:
+    """Return what is there of the repository that was downloaded into a folder, and its note."""
     inside = f"{folder}/"
-    if any(other.relative == folder or other.relative.startswith(inside) for other in others):
-        return set()
     return {
         inside + name
         for name in _manifest_files(Path(base, folder, MANIFEST))
