@@ -225,9 +225,9 @@ def test_packed_values_of_4_and_6_bits(folder: Path) -> None:
         (struct.pack("<Q", 24 << 20) + b"{}", "cut short: the file ends inside its header"),
         (framed(b"{}"), "no weights: its files hold no tensors"),
         (framed(b"[]"), "damaged: not the JSON it should be"),
-        (framed(b"{'a'}"), "damaged: not JSON"),
-        (framed(b'{"\xff":1}'), "damaged: not JSON"),
-        (framed(b'{"a":' + b"[" * 200_000), "damaged: not JSON"),
+        (framed(b"{'a'}"), "damaged: it cannot be parsed"),
+        (framed(b'{"\xff":1}'), "damaged: it cannot be parsed"),
+        (framed(b'{"a":' + b"[" * 200_000), "damaged: it cannot be parsed"),
         (framed(b'{"a":{"dtype":"F32","shape":[1]}}'), "damaged: not the JSON it should be"),
         (weights()[:-1], "cut short: the header says 13"),
         (weights() + b"\0", "more in the file than its header says"),
@@ -302,7 +302,7 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path: Path, name: str) -> No
     (folder / "model.safetensors.index.json").write_text(index)
     assert reason(folder) in (
         "1 of 1 parts missing: 1",
-        "model.safetensors.index.json: damaged: not JSON",
+        "model.safetensors.index.json: damaged: it cannot be parsed",
     )
 
 
@@ -312,7 +312,7 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path: Path, name: str) -> No
         (b"{}", "model.safetensors.index.json: damaged: not the JSON it should be"),
         (b'{"weight_map":[]}', "model.safetensors.index.json: damaged: not the JSON it should be"),
         (LFS, "model.safetensors.index.json: a git-lfs pointer, not the model"),
-        (b"", "model.safetensors.index.json: damaged: not JSON"),
+        (b"", "model.safetensors.index.json: damaged: it cannot be parsed"),
         (b'{"weight_map":{}}', "no weights: neither model.safetensors nor an index of parts"),
         (
             json.dumps(
@@ -331,13 +331,13 @@ def test_a_damaged_index(folder: Path, index: bytes, why: str) -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (b"", "config.json: damaged: not JSON"),
+        (b"", "config.json: damaged: it cannot be parsed"),
         (b"[]", "config.json: damaged: not the JSON it should be"),
-        (b'{"a":' * 100_000, "config.json: damaged: not JSON"),
+        (b'{"a":' * 100_000, "config.json: damaged: it cannot be parsed"),
         (LFS, "config.json: a git-lfs pointer, not the model"),
         (b'{"hidden_size":"64"}', "config.json: hidden_size: damaged: not the JSON it should be"),
         (b'{"hidden_size":-1}', "config.json: hidden_size: damaged: not the JSON it should be"),
-        (b'{"text_config":{"a"}}', "config.json: damaged: not JSON"),
+        (b'{"text_config":{"a"}}', "config.json: damaged: it cannot be parsed"),
     ],
 )
 def test_a_damaged_config(folder: Path, config: bytes, why: str) -> None:

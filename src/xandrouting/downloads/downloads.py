@@ -273,9 +273,10 @@ class Downloads:
             if job.state in LIVE:
                 return running.view()
             if job.state in (JobState.COMPLETED, JobState.CANCELLED):
+                again = " Ask for it again: POST /v1/models/download takes what is on disk."
                 raise DownloadOver(
-                    f"The download of {job.order.repo_id} is {job.state}. Ask for it again: POST "
-                    "/v1/models/download goes on from the bytes on disk."
+                    f"The download of {job.order.repo_id} is {job.state}."
+                    + again * (job.state is JobState.CANCELLED)
                 )
             await self._check_alone(job.order, running)
             await asyncio.to_thread(self._check_disk, job.id, job.order, Found())

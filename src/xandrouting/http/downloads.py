@@ -164,7 +164,7 @@ def _repo_item(services: Services, verified: Verified) -> RepoItem:
             for variant in verified.variants
         ],
         message=(
-            f"{repository.repo_id} can be downloaded: {len(files)} files, {in_words(size)}."
+            f"{repository.repo_id} can be downloaded: {len(files)} file(s), {in_words(size)}."
             if refusal is None
             else refusal.message
         ),

@@ -244,4 +244,4 @@ def decode(decoder: msgspec.json.Decoder[_T], data: bytes | msgspec.Raw) -> _T:
     except msgspec.ValidationError as error:
         raise InvalidSafetensors("damaged: not the JSON it should be") from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise InvalidSafetensors("damaged: not JSON") from error
+        raise InvalidSafetensors("damaged: it cannot be parsed") from error
