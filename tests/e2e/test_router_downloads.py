@@ -185,8 +185,8 @@ def test_a_model_in_use_is_not_deleted(server: Server) -> None:
 
 
 def test_a_model_beside_which_a_download_writes(server: Server, stalled: str) -> None:
-    write_gguf(server.models / "shared" / "other.gguf")
     ask(server, stalled, destination="shared")
+    write_gguf(server.models / "shared" / "other.gguf")
     error_of(remove(server, model="shared/other.gguf"), 409, "model_in_use")
     ok(remove(server, model=stalled))
     ok(remove(server, model="shared/other.gguf"))

@@ -36,29 +36,43 @@ _NO_GPUS: Final = NoGpus()
 
 log = logging.getLogger(__name__)
 
+_READ_BYTES: Final = 64 << 10
 _LAST_WORDS_S: Final = 1.0  # for the log to end once the tree is gone
 _NEVER_RAN: Final = 127
 
 
-class _Pipe(asyncio.Protocol):
-    """Hands on what a pipe brings; `closed` when there will be no more."""
+class Pipe:
+    """Hands on what a pipe brings; `closed` when there will be no more.
 
-    def __init__(self, feed: Callable[[bytes], None]) -> None:
+    Not a transport: uvloop closes the pipe and then the file object on it, which closes the same
+    number again. By then it may be that of a file which another thread has just opened.
+    """
+
+    def __init__(self, pipe: IO[bytes] | None, feed: Callable[[bytes], None]) -> None:
+        assert pipe is not None
         self.closed = asyncio.Event()
+        self._pipe = pipe
         self._feed = feed
+        self._loop = asyncio.get_running_loop()
+        os.set_blocking(pipe.fileno(), False)
+        self._loop.add_reader(pipe.fileno(), self._read)
 
-    def data_received(self, data: bytes) -> None:
-        self._feed(data)
+    def _read(self) -> None:
+        try:
+            data = os.read(self._pipe.fileno(), _READ_BYTES)
+        except BlockingIOError:
+            return
+        if data:
+            self._feed(data)
+        else:
+            self.close()
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's
-        self.closed.set()
-
-
-async def _listen(stack: ExitStack, pipe: IO[bytes] | None, feed: Callable[[bytes], None]) -> _Pipe:
-    connect = asyncio.get_running_loop().connect_read_pipe
-    transport, protocol = await connect(lambda: _Pipe(feed), pipe)
-    stack.callback(transport.close)
-    return protocol
+    def close(self) -> None:
+        """Listen no more."""
+        if not self._pipe.closed:
+            self._loop.remove_reader(self._pipe.fileno())
+            self._pipe.close()
+            self.closed.set()
 
 
 class Gauge:
@@ -215,13 +229,15 @@ class LocalHandle:
         with ExitStack() as stack:
             stack.callback(self._begin, "its guard ended early")
             stack.callback(self._stdin.close)
-            output = await _listen(stack, self._process.stderr, self._log.feed)
-            control = await _listen(stack, self._process.stdout, self._hear)
+            output = Pipe(self._process.stderr, self._log.feed)
+            stack.callback(output.close)
+            control = Pipe(self._process.stdout, self._hear)
+            stack.callback(control.close)
             await control.closed.wait()  # only the guard holds its other end: it is gone
             self.exit_status = await self._settle(output)
         return self.exit_status
 
-    async def _settle(self, output: _Pipe) -> int:
+    async def _settle(self, output: Pipe) -> int:
         """Reap the guard, end what it could not, take the last words; return the exit status."""
         guard_status = await asyncio.to_thread(self._process.wait)
         if self._told_status is None and guard_status != _NEVER_RAN:
