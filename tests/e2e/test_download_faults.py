@@ -24,7 +24,7 @@ from tests.fakes.hub import (
     Stall,
     WrongLength,
 )
-from tests.fakes.processes import all_gone
+from tests.fakes.processes import all_gone, freeze
 from tests.fetching import (
     MIB,
     WEIGHTS,
@@ -224,7 +224,7 @@ def test_new_work_is_refused_while_a_mover_ends(serve: Serve, hub: Hub, repo: st
     server = serve(hf_endpoint=hub.url)
     ask(server, repo)
     [mover] = wait_for(lambda: movers(server))
-    mover.suspend()  # it is killed a second after it was told to end
+    freeze(mover)  # it is killed a second after it was told to end
     with server.stream(text="Tell me a long story.", ignore_eos=True, max_tokens=100) as stream:
         stream.first()
         server.signal()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import OTHER, Serve
-from tests.fakes.processes import all_gone
+from tests.fakes.processes import all_gone, freeze
 from tests.server import MODEL, STARTER, Server, chat_body, held, ok, story, together
 from tests.waiting import wait_for
 
@@ -107,7 +106,7 @@ def test_a_killed_spare_is_no_harm(serve: Serve) -> None:
 def test_a_spare_that_dies_as_it_is_taken_is_no_harm(serve: Serve) -> None:
     server = serve()
     spare = until_spare(server)
-    spare.suspend()  # it cannot follow its order
+    freeze(spare)  # it cannot follow its order
     with together(1) as pool:
         asked = pool.submit(server.chat)
         wait_for(server.engines)
@@ -335,8 +334,7 @@ def test_an_engine_ended_by_force_is_not_waited_for(serve: Serve) -> None:
 def test_an_engine_that_hangs_leaves_without_its_conversation(serve: Serve) -> None:
     server = serve(shutdown_grace_s=5)
     Conversation(server)
-    with held(server) as process:
-        process.send_signal(signal.SIGSTOP)
+    with held(server):
         assert ok(server.unload(MODEL))["count"] == 1
     assert files_of(server, ".json") == [] if (server.data / "parked").exists() else True
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from tests.waiting import wait_for
 from xandrouting.core.model import Backend, EngineId, LaunchPlan, ModelKey
 
 FAKE_ENGINE = str(Path(__file__).with_name("fake_engine.py"))
@@ -58,10 +59,16 @@ def all_gone(processes: Iterable[psutil.Process]) -> Callable[[], bool]:
     return lambda: all(is_gone(process) for process in processes)
 
 
+def freeze(process: psutil.Process) -> None:
+    """Stop a process, and return when it has stopped: its threads may go on for a moment."""
+    process.suspend()
+    wait_for(lambda: process.status() == psutil.STATUS_STOPPED)
+
+
 @contextmanager
 def paused(process: psutil.Process) -> Iterator[psutil.Process]:
     """Stop a process for as long as the block, or until the test lets it go on or ends it."""
-    process.suspend()
+    freeze(process)
     try:
         yield process
     finally:

@@ -19,7 +19,7 @@ import uvloop
 
 from tests.fakes.hub import Corrupt, Hub, Slow, Stall
 from tests.fakes.movers import REPO, assert_published, order_for, part_sizes
-from tests.fakes.processes import is_gone
+from tests.fakes.processes import freeze, is_gone
 from tests.waiting import async_wait_for, wait_for
 from xandrouting.downloads.courier import Courier, Ending, Event, Outcome
 
@@ -145,7 +145,7 @@ async def test_mover_that_hangs_is_killed(hub: Hub, tmp_path: Path) -> None:
     courier, ears = Courier(order_for(hub, tmp_path)), Ears()
     task = await begun(courier, ears, 1000)
     process = mover_of(courier)
-    process.suspend()
+    freeze(process)
     began = time.monotonic()
     await courier.stop()
     assert 0.9 < time.monotonic() - began < 1.9

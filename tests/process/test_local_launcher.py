@@ -30,6 +30,7 @@ from tests.fakes.processes import (
     WAITING_LINE,
     all_gone,
     fake_plan,
+    freeze,
     ordered_plan,
     tree_below,
 )
@@ -492,7 +493,7 @@ async def test_it_is_known_of_a_spare_that_it_never_followed_its_order(
     process = await spare(launcher)
     [waiting] = launcher._spares.values()
     await async_wait_for(lambda: WAITING_LINE in waiting.tail())
-    process.suspend()
+    freeze(process)
     handle = await launcher.start(ENGINE, ordered_plan())
     process.kill()
     assert await soon(handle.exited()) == -signal.SIGKILL

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.fakes.processes import ENGINE, all_gone, tree_below
+from tests.fakes.processes import ENGINE, all_gone, freeze, tree_below
 from tests.waiting import async_wait_for
 from xandrouting.core.model import LaunchPlan
 from xandrouting.launch import guard, sweep
@@ -258,7 +258,7 @@ def test_a_sweep_removes_what_is_left_and_nobody_else_maps(
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
         tree = tree_below(process.pid)
-        tree[0].suspend()  # so that the guard cannot end its tree when the gateway goes
+        freeze(tree[0])  # so that the guard cannot end its tree when the gateway goes
         process.kill()
     tree[0].kill()
     with outsider(name) if shared else nullcontext():

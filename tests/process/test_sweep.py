@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.fakes.processes import ENGINE, all_gone, fake_plan, tree_below
+from tests.fakes.processes import ENGINE, all_gone, fake_plan, freeze, tree_below
 from tests.waiting import wait_for
 from xandrouting.launch import sweep
 from xandrouting.launch.local import LocalLauncher
@@ -94,7 +94,7 @@ def record_of(engine: psutil.Process, mark: str) -> sweep.Record:
 def test_a_tree_whose_gateway_and_guard_were_killed_is_ended(tmp_path: Path) -> None:
     with gateway(tmp_path) as (process, tree):
         guard, _, child = tree
-        guard.suspend()  # so that it cannot end its tree when the gateway goes
+        freeze(guard)  # so that it cannot end its tree when the gateway goes
         process.kill()
         process.wait()
         guard.kill()
@@ -118,7 +118,7 @@ def test_a_guard_that_hangs_is_ended_with_its_tree(
 ) -> None:
     monkeypatch.setattr(sweep, "_GUARD_WAIT_S", 0.05)
     with gateway(tmp_path) as (process, tree):
-        tree[0].suspend()
+        freeze(tree[0])
         process.kill()
         process.wait()
         assert sweep.sweep(tmp_path) == 1

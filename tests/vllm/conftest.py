@@ -13,6 +13,7 @@ import httpx2
 import psutil
 import pytest
 
+from tests.fakes.processes import freeze
 from tests.server import Server, link_or_copy, models_dir, ok
 from tests.vllm.installed import vllm, vllm_model
 
@@ -80,7 +81,7 @@ def first_load(gateway: Server) -> Load:
         for kind, data in events:
             if kind == "log" and (reads := READS.search(data["text"])):
                 reader = psutil.Process(int(reads[1]))
-                reader.suspend()
+                freeze(reader)
             if kind == "model":
                 load.news.append(data)
                 load.statuses.append(ok(gateway.get(f"/v1/models{SMOL}"))["status"])
