@@ -22,6 +22,7 @@ from xandrouting.http.arrivals import load, model_of
 from xandrouting.http.loads import Loads
 from xandrouting.inventory import trash
 from xandrouting.inventory.inventory import Inventory
+from xandrouting.launch.turns import come_in_batches
 from xandrouting.telemetry.metrics import DownloadGauges
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def build_downloads(
         arrive=partial(model_of, inventory),
         load=partial(load, loads),
         on_news=on_news,
+        on_moving=lambda moving: come_in_batches(on=not moving),
     )
     return Downloads(
         HubOrPackage(Hub(endpoint, token)),

@@ -27,6 +27,7 @@ from xandrouting.launch.devices import cuda_devices
 from xandrouting.launch.local import LocalLauncher
 from xandrouting.launch.nvml import open_gpus, visible_cards
 from xandrouting.launch.sweep import sweep
+from xandrouting.launch.turns import come_in_batches
 from xandrouting.settings import Settings
 from xandrouting.telemetry.logs import LogBook
 
@@ -205,22 +206,9 @@ def raise_file_limit() -> None:
         log.warning("few open files are allowed limit=%d wanted=%d", soft, MIN_FILES)
 
 
-def give_engines_their_time() -> None:
-    """Have this process and its engines take turns on a core in batches.
-
-    Where engines run on all cores, each token woke the gateway, and each time an engine's
-    thread was put off and the others waited for it: with 8 streams of vLLM on two cores that
-    cost 4 % of its speed. Who wakes up now lets who runs go on for a moment, so several tokens
-    are passed on in one turn. Where a core is free nothing changes. Engines inherit it.
-    """
-    if hasattr(os, "SCHED_BATCH"):  # Linux
-        with contextlib.suppress(OSError):  # a sandbox that does not allow it
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
 def run(settings: Settings, on_ready: Callable[[Gateway], None], listener: Listener) -> int:
     """Run the server on a loop of its own until it ends; return the exit status."""
     raise_file_limit()
-    give_engines_their_time()
+    come_in_batches(on=True)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(settings, listener, on_ready))

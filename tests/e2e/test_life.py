@@ -11,7 +11,9 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import OTHER, Serve, paused_spare
+from tests.fakes.hub import Hub, Stall
 from tests.fakes.processes import all_gone, is_gone
+from tests.fetching import MIB, WEIGHTS, add_big, ask, cancel
 from tests.server import (
     MODEL,
     STARTER,
@@ -446,8 +448,19 @@ def test_models_need_not_be_there_at_the_start(serve: Serve) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
-def test_gateway_and_engines_take_turns_in_batches(server: Server) -> None:
-    """The engine inherits it though a spare may have been started for it long before."""
+def test_the_gateway_puts_no_engine_off(server: Server) -> None:
     ok(server.chat(max_tokens=1))
-    for pid in (server.pid, item_of(server)["pid"]):
-        assert os.sched_getscheduler(pid) == os.SCHED_BATCH
+    assert os.sched_getscheduler(server.pid) == os.SCHED_BATCH
+    assert os.sched_getscheduler(item_of(server)["pid"]) == os.SCHED_OTHER
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
+def test_the_gateway_does_not_wait_for_a_mover(serve: Serve) -> None:
+    with Hub() as hub:
+        add_big(hub, "Org/Slow")
+        hub.fault(f"Org/Slow/{WEIGHTS}", Stall(MIB), times=None)
+        server = serve(hf_endpoint=hub.url)
+        job = ask(server, "Org/Slow")
+        wait_for(lambda: os.sched_getscheduler(server.pid) == os.SCHED_OTHER)
+        cancel(server, job["job_id"])
+        wait_for(lambda: os.sched_getscheduler(server.pid) == os.SCHED_BATCH)

@@ -38,13 +38,15 @@ class Wiring:
 
     `carrier` makes a mover for its order, `arrive` finds the model of a completed job, `load`
     begins to load it and returns what there is to say of that, `on_news` is told of every
-    change and at most four times a second of a job that only moves.
+    change and at most four times a second of a job that only moves, `on_moving` when a first
+    one begins to move and when none does any more.
     """
 
     carrier: Callable[[Mapping[str, Any]], Carrier]
     arrive: Callable[[Job], Awaitable[Arrived]]
     load: Callable[[str, Mapping[str, Any]], Awaitable[str | None]]
     on_news: Callable[[View], None] = lambda _: None
+    on_moving: Callable[[bool], None] = lambda _: None
 
 
 class Movers:
@@ -132,6 +134,8 @@ class Movers:
         while self._queue and len(self._moving) < self._max and not self._closing:
             running = self._queue.popleft()
             self._moving.append(running)
+            if len(self._moving) == 1:
+                self._wiring.on_moving(True)
             running.task = asyncio.create_task(self._run(running))
 
     async def _run(self, running: Running) -> None:
@@ -148,6 +152,8 @@ class Movers:
         finally:
             running.carrier, running.task = None, None
             self._moving.remove(running)
+            if not self._moving:
+                self._wiring.on_moving(False)
             self._pump()
 
     async def _move(self, running: Running) -> None:

@@ -411,6 +411,15 @@ def discard(folder: str) -> None:
         pass  # it is gone, or somebody else's by now
 
 
+def be_as_any_other() -> None:
+    """Take turns on a core as others do: the gateway may not (see `turns`)."""
+    if hasattr(os, "SCHED_OTHER"):  # Linux
+        try:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        except OSError:
+            pass  # a sandbox that does not allow it
+
+
 def main(arguments: list[str]) -> int:
     """Run one engine from its start to the end of its tree."""
     split = arguments.index("--")
@@ -426,6 +435,7 @@ def main(arguments: list[str]) -> int:
     for number in IGNORED_HERE:
         signal.signal(number, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    be_as_any_other()
     wakeup = wake_on_child()
     try:
         engine = spawn(argv, stdin)
