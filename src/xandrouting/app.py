@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Self
 
@@ -13,6 +13,7 @@ from xandrouting import __version__, fetching
 from xandrouting.backends import Backends, engine_libraries
 from xandrouting.core.budget import BudgetTooLarge, budget_bytes
 from xandrouting.core.errors import GatewayError, MethodNotAllowed
+from xandrouting.core.figures import Figures
 from xandrouting.core.ledger import Ledger
 from xandrouting.core.model import HOST, Backend, EngineSpec
 from xandrouting.core.scheduler import Scheduler
@@ -86,15 +87,7 @@ class Gateway:
         )
         self._store = FigureStore.open(settings.data_dir / "figures.db")
         figures = self._store.load()
-        self._scheduler = scheduler = Scheduler(
-            Ledger(max_engines=settings.max_loaded, budgets=budgets(settings, survey)),
-            figures=figures,
-            default_ttl_s=settings.default_ttl,
-            soft_idle_s=settings.soft_idle_s,
-            max_queue=settings.max_queue,
-            fair_wait_s=settings.fair_wait_s,
-            min_residency_s=settings.min_residency_s,
-        )
+        self._scheduler = build_scheduler(settings, survey, figures)
         self._engines, keys = engines, settings.upstream_keys
         self._lacks_pinned = False  # what was pinned by the settings was no model, or not yet
         self.upstreams = Upstreams(addresses(settings))
@@ -107,7 +100,7 @@ class Gateway:
             Backend.OLLAMA: Kind(Upstream(keys, Backend.OLLAMA), self._external),
         }
         self.pool = EnginePool(
-            scheduler,
+            self._scheduler,
             kinds,
             node=node,
             learning=Learning(figures, self._store),
@@ -120,22 +113,32 @@ class Gateway:
         self._newsroom.attend(self.pool)
         self._logs = logs
         logs.hand_on(self._newsroom.log_line)
-        self.catalog = Catalog(
+        self.catalog = self._build_catalog(kinds)
+        self.gate = build_gate(settings)
+        self.inference = self._build_inference()
+        self.loads = Loads(self.inference, self.pool)
+        self.preloads = Preloads(self.loads, self.upstreams, wait_s=settings.max_load_wait_s)
+        self.downloads = build_downloads(
+            settings, self.inventory, self.loads, self._newsroom.download
+        )
+        self._newsroom.attend_downloads(self.downloads.views)
+        app = dispatcher(self.inference, build_control(self._services()), self.gate)
+        self.asgi = opened_to(settings.cors_origins, app)
+
+    def _build_catalog(self, kinds: Mapping[Backend, Kind]) -> Catalog:
+        return Catalog(
             lambda: self.inventory.snapshot,
             {backend: kind.adapter for backend, kind in kinds.items()},
-            upstreams={name: there.url for name, there in addresses(settings).items()},
-            unavailable=engines.lacks,
-            devices=engines.devices,
-            device_fallback=settings.device_fallback,
-            versions=engines.versions,
+            upstreams={name: there.url for name, there in addresses(self._settings).items()},
+            unavailable=self._engines.lacks,
+            devices=self._engines.devices,
+            device_fallback=self._settings.device_fallback,
+            versions=self._engines.versions,
         )
-        self.gate = Gate(
-            api_key=settings.api_key.get_secret_value() if settings.api_key else None,
-            check_host=settings.is_loopback,
-            hosts=settings.allowed_hosts,
-            origins=settings.cors_origins,
-        )
-        self.inference = InferenceApi(
+
+    def _build_inference(self) -> InferenceApi:
+        settings = self._settings
+        return InferenceApi(
             gate=self.gate,
             catalog=self.catalog,
             inventory=self.inventory,
@@ -149,28 +152,6 @@ class Gateway:
             max_body_bytes=settings.max_body_bytes,
             autoload=settings.models_autoload,
         )
-        self.loads = Loads(self.inference, self.pool)
-        self.preloads = Preloads(self.loads, self.upstreams, wait_s=settings.max_load_wait_s)
-        self.downloads = build_downloads(
-            models_dir=settings.models_dir,
-            data_dir=settings.data_dir,
-            endpoint=settings.hf_endpoint,
-            token=settings.hf_token.get_secret_value() if settings.hf_token else None,
-            max_downloads=settings.max_downloads,
-            inventory=self.inventory,
-            loads=self.loads,
-            on_news=self._newsroom.download,
-        )
-        self._newsroom.attend_downloads(self.downloads.views)
-        self.asgi = dispatcher(self.inference, build_control(self._services()), self.gate)
-        if settings.cors_origins:
-            self.asgi = CORSMiddleware(
-                self.asgi,
-                allow_origins=settings.cors_origins,
-                allow_methods=("GET", "POST", "DELETE"),
-                allow_headers=("*",),
-                expose_headers=("x-request-id", "x-xandrouting-engine", "x-xandrouting-load"),
-            )
 
     def _services(self) -> Services:
         return Services(
@@ -339,11 +320,51 @@ def dispatcher(inference: InferenceApi, control: Asgi, gate: Gate) -> Asgi:
     return app
 
 
+def opened_to(origins: Sequence[str], app: Asgi) -> Asgi:
+    """Return the application with answers that web pages of these origins may read."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "x-xandrouting-engine", "x-xandrouting-load"),
+    )
+
+
 async def _refuse(error: GatewayError, send: Send) -> None:
     body = to_bytes(error)
     headers = [*headers_of(error), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def build_gate(settings: Settings) -> Gate:
+    """Return who may come in, by the settings."""
+    return Gate(
+        api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+        check_host=settings.is_loopback,
+        hosts=settings.allowed_hosts,
+        origins=settings.cors_origins,
+    )
+
+
+def build_scheduler(settings: Settings, survey: Survey, figures: Figures) -> Scheduler:
+    """Return the scheduler of this machine.
+
+    Raises:
+        CannotStart: the budgets are more than it has.
+    """
+    return Scheduler(
+        Ledger(max_engines=settings.max_loaded, budgets=budgets(settings, survey)),
+        figures=figures,
+        default_ttl_s=settings.default_ttl,
+        soft_idle_s=settings.soft_idle_s,
+        max_queue=settings.max_queue,
+        fair_wait_s=settings.fair_wait_s,
+        min_residency_s=settings.min_residency_s,
+    )
 
 
 def budgets(settings: Settings, survey: Survey) -> Mapping[str, int]:

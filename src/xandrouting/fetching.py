@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from xandrouting.core.errors import GatewayError
@@ -23,23 +22,17 @@ from xandrouting.http.loads import Loads
 from xandrouting.inventory import trash
 from xandrouting.inventory.inventory import Inventory
 from xandrouting.launch.turns import come_in_batches
+from xandrouting.settings import Settings
 from xandrouting.telemetry.metrics import DownloadGauges
 
 log = logging.getLogger(__name__)
 
 
 def build_downloads(
-    *,
-    models_dir: Path,
-    data_dir: Path,
-    endpoint: str,
-    token: str | None,
-    max_downloads: int,
-    inventory: Inventory,
-    loads: Loads,
-    on_news: Callable[[View], None],
+    settings: Settings, inventory: Inventory, loads: Loads, on_news: Callable[[View], None]
 ) -> Downloads:
-    """Return the downloads into one models directory; its jobs are kept in `data_dir`."""
+    """Return the downloads into the models directory of these settings."""
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
     wiring = Wiring(
         carrier=partial(Courier, token=token),
         arrive=partial(model_of, inventory),
@@ -48,15 +41,15 @@ def build_downloads(
         on_moving=lambda moving: come_in_batches(on=not moving),
     )
     return Downloads(
-        HubOrPackage(Hub(endpoint, token)),
+        HubOrPackage(Hub(settings.hf_endpoint, token)),
         Place(
-            models_dir,
+            settings.models_dir,
             [root.name for root in inventory.roots if root.read_only],
             make_room=partial(trash.make_room, inventory.roots[0]),
         ),
-        JobStore.open(data_dir / "downloads.db"),
+        JobStore.open(settings.data_dir / "downloads.db"),
         wiring,
-        max_downloads=max_downloads,
+        max_downloads=settings.max_downloads,
     )
 
 

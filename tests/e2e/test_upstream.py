@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -288,12 +289,15 @@ def test_answer_of_nothing_is_none(serve: Serve, kind: str) -> None:
 
 
 def test_stream_that_ends_without_a_word_ends_with_an_error(serve: Serve) -> None:
+    arrived = threading.Event()
+
     def nothing(call: Call, _: Asked) -> None:
         call.begin_events()
-        time.sleep(0.2)  # its headers have gone on
+        assert arrived.wait(10)
         call.wfile.write(b"0\r\n\r\n")
 
     with serving(serve, nothing) as site, site.server.stream(model="odd/m") as stream:
+        arrived.set()  # its headers have
         [only] = stream.rest()
     assert json.loads(only)["error"]["code"] == "upstream_error"
 

@@ -16,7 +16,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -151,7 +150,7 @@ class _Call(BaseHTTPRequestHandler):
         proxy, asked = self.server.proxy, self._asked()
         proxy.asked.append(asked)
         while proxy.silent and not proxy.ended.is_set():
-            time.sleep(_LOOK_S)
+            proxy.ended.wait(_LOOK_S)
         wrong = asked.headers.get("proxy-authorization") != proxy.authorization
         status = proxy.refuse or (407 if wrong else None)
         if status is not None:

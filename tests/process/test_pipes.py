@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import uvloop
 
-from xandrouting.launch.local import Pipe
+from xandrouting.launch.pipe import Pipe
 
 PIPES = 200
 

@@ -57,6 +57,7 @@ class World:
             self.hub.repos[f"org/{name}"] = [remote(f"{name}-Q4_0.gguf"), remote("README.md")]
         self.carriers = FakeCarriers()
         self.news: list[View] = []
+        self.moving: list[bool] = []
         self.loaded: list[tuple[str, Any]] = []
         self._stack = stack
 
@@ -68,7 +69,7 @@ class World:
             self.loaded.append((model, options))
             return None
 
-        wiring = Wiring(self.carriers, arrive, load, self.news.append)
+        wiring = Wiring(self.carriers, arrive, load, self.news.append, self.moving.append)
         store = JobStore.open(self.data / "downloads.db")
         made = Downloads(self.hub, Place(self.models), store, wiring, max_downloads=max_downloads)
         return await self._stack.enter_async_context(made)

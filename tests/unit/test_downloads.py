@@ -122,6 +122,18 @@ async def test_at_most_so_many_move_and_the_first_is_first(world: World) -> None
     assert [view.job.id for view in downloads.views()] == [third, second, first]
 
 
+async def test_it_is_told_whether_any_moves(world: World) -> None:
+    downloads = await world.start(max_downloads=2)
+    first, second, _ = [await submit(downloads, name) for name in "abc"]
+    await downloads.cancel(first)
+    await downloads.cancel(second)
+    assert world.moving == [True]
+    (await world.carriers.next(2)).finish()
+    await async_wait_for(lambda: world.moving == [True, False])
+    await downloads.aclose()
+    assert world.moving == [True, False]
+
+
 async def test_the_same_again_is_the_same_job(world: World) -> None:
     downloads = await world.start()
     job_id = await submit(downloads)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from xandrouting.core.errors import DownloadOver
 from xandrouting.downloads.jobs import LIVE, Job, JobState, Order, RemoteFile
 from xandrouting.downloads.running import View
 from xandrouting.http.router_calls import RouterNews
-from xandrouting.http.router_downloads import RouterDownloads, downloading_models
+from xandrouting.http.router_downloads import (
+    RouterDownloads,
+    cancel_downloads,
+    downloading_models,
+)
 from xandrouting.http.schemas import RouterProgress
 from xandrouting.telemetry.events import Event
 
@@ -166,3 +172,21 @@ def test_one_name_is_one_entry() -> None:
     )
     assert [(item.id, item.backend) for item in found] == [("o/n", "llamacpp"), ("o/m", "vllm")]
     assert found[0].status.progress == {"o/n": RouterProgress(done=3, total=20)}
+
+
+@pytest.mark.parametrize(("over", "cancelled"), [((False, True), True), ((True, True), False)])
+async def test_a_download_that_ends_just_then_is_not_cancelled(
+    over: tuple[bool, bool], cancelled: bool
+) -> None:
+    left = list(over)
+
+    async def cancel(job_id: str, *, purge: bool) -> None:
+        assert (job_id, purge) == ("dl_1", False)
+        if left.pop():
+            raise DownloadOver("It is completed already.")
+
+    moving = [view("o/n", JobState.DOWNLOADING) for _ in over]
+    downloads = SimpleNamespace(views=lambda: moving, cancel=cancel)
+    services = cast("Any", SimpleNamespace(downloads=downloads))
+    assert await cancel_downloads(services, "o/n", LIVE) is cancelled
+    assert left == []

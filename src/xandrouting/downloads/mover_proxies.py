@@ -1,6 +1,6 @@
 """Which proxy stands before an address: what the environment says, as curl would read it.
 
-Runs in the mover's process; standard library only.
+Runs in the mover's process, and is asked for the hub too; standard library only.
 """
 
 from __future__ import annotations

@@ -81,13 +81,17 @@ def add_model_lists(app: FastAPI, services: Services) -> None:
         except ModelNotFound:
             await inventory.refresh()  # it may have come since the last look
             file = services.catalog.names().resolve(named(model_id))
-        if file.problem is not None:
-            raise ModelNotFound(
-                f"'{shown(file.id)}' cannot be loaded: {shown(file.problem)}. "
-                "GET /v1/models/inventory lists it.",
-                param="model",
-            )
+        _check_whole(file)
         return lists.model_item(file, pool)
+
+
+def _check_whole(file: ModelFile) -> None:
+    if file.problem is not None:
+        raise ModelNotFound(
+            f"'{shown(file.id)}' cannot be loaded: {shown(file.problem)}. "
+            "GET /v1/models/inventory lists it.",
+            param="model",
+        )
 
 
 def _fits(services: Services, file: ModelFile) -> bool | None:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Final
 
 from fastapi import FastAPI, Query, Request
 
-from xandrouting.core.errors import InvalidRequest, ModelNotFound
+from xandrouting.core.errors import DownloadOver, InvalidRequest, ModelNotFound
 from xandrouting.downloads.downloads import Wanted
 from xandrouting.downloads.jobs import ENDED, LIVE, JobState, Order
 from xandrouting.downloads.running import View
@@ -76,15 +77,21 @@ def add_router_downloads(app: FastAPI, services: Services) -> None:
 async def cancel_downloads(
     services: Services, name: str, states: Collection[JobState], *, purge: bool = False
 ) -> bool:
-    """Cancel what was asked for by this name and is in one of these states, if anything is."""
+    """Cancel what was asked for by this name and is in one of these states, if anything is.
+
+    What ends by itself just then is none of it.
+    """
     found = [
         view.job.id
         for view in services.downloads.views()
         if view.job.order.url == name.strip() and view.job.state in states
     ]
+    cancelled = 0
     for job_id in found:
-        await services.downloads.cancel(job_id, purge=purge)
-    return bool(found)
+        with suppress(DownloadOver):
+            await services.downloads.cancel(job_id, purge=purge)
+            cancelled += 1
+    return cancelled > 0
 
 
 def downloading_models(views: Iterable[View]) -> list[RouterModel]:

@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 import psutil
 
@@ -27,6 +27,7 @@ from xandrouting.launch.base import Survey
 from xandrouting.launch.cores import as_list, cores_for, usable_cores
 from xandrouting.launch.engine_log import EngineLog, Hear
 from xandrouting.launch.nvml import GpuReading, Gpus, NoGpus
+from xandrouting.launch.pipe import Pipe
 from xandrouting.launch.ports import HOST, reserve_port
 from xandrouting.launch.read_ahead import read_ahead
 
@@ -36,43 +37,8 @@ _NO_GPUS: Final = NoGpus()
 
 log = logging.getLogger(__name__)
 
-_READ_BYTES: Final = 64 << 10
 _LAST_WORDS_S: Final = 1.0  # for the log to end once the tree is gone
 _NEVER_RAN: Final = 127
-
-
-class Pipe:
-    """Hands on what a pipe brings; `closed` when there will be no more.
-
-    Not a transport: uvloop closes the pipe and then the file object on it, which closes the same
-    number again. By then it may be that of a file which another thread has just opened.
-    """
-
-    def __init__(self, pipe: IO[bytes] | None, feed: Callable[[bytes], None]) -> None:
-        assert pipe is not None
-        self.closed = asyncio.Event()
-        self._pipe = pipe
-        self._feed = feed
-        self._loop = asyncio.get_running_loop()
-        os.set_blocking(pipe.fileno(), False)
-        self._loop.add_reader(pipe.fileno(), self._read)
-
-    def _read(self) -> None:
-        try:
-            data = os.read(self._pipe.fileno(), _READ_BYTES)
-        except BlockingIOError:
-            return
-        if data:
-            self._feed(data)
-        else:
-            self.close()
-
-    def close(self) -> None:
-        """Listen no more."""
-        if not self._pipe.closed:
-            self._loop.remove_reader(self._pipe.fileno())
-            self._pipe.close()
-            self.closed.set()
 
 
 class Gauge:
